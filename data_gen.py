@@ -1,0 +1,611 @@
+"""Synthetic memories: sentences to store, questions about them, the answers, and the sentences that support each answer.
+
+    python data_gen.py --n 20000 --out data.jsonl
+
+A memory that is trained on closed lists of values learns to classify and never to copy. So half of all values here are made
+from the tokenizer's whole vocabulary, whatever the question asks for: a locker code may be "Violet harbour", a sister
+"4821-B". The sentence alone says what belongs to whom, and the answer has to be carried over token by token.
+
+How the file goes, top to bottom:
+  * `data_gen.json` holds attributes and relations with their sentence templates, names, things, lists and patterns of values
+  * a `World` draws from one split of it: train, validation and test share no name, no thing and no value, train and test
+    no template either; every draw comes from the seed
+  * `World.bundle()` tells one to five attributes of a subject in one to six sentences, and asks about them
+  * `World.memory()` weaves bundles with distinct subjects into one memory; `World.example()` is a line of the JSONL
+
+Templates have holes: {p} the subject ({P} where a sentence starts), {v} the value, {Sub} {sub} {Poss} {poss} {obj} pronouns,
+{q} a second person, {f} a whole sentence. Patterns of values have holes named after lists and other patterns, and # stands
+for a digit, ^ for a digit but 0, ? for a capital letter, * for a small one, ~ for a hexadecimal digit.
+"""
+
+import argparse
+import json
+import re
+import sys
+import zlib
+from dataclasses import asdict, dataclass
+from operator import itemgetter
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from gemma import InputError, Tokenizer, read_json, replacing
+
+KINDS = ("lookup", "update", "coreference", "two_hop", "list", "unanswerable")
+SPLITS = ("train", "validation", "test")
+HERE = Path(__file__).resolve().parent
+
+# How often what is drawn. With these, about half of all questions are lookups.
+TWO_HOP, NOISE = 0.13, 0.05                 # bundles on two related persons; bundles that answer nothing
+PERSON, FIRST_PERSON = 0.62, 0.10           # of the others, those on a person; of these, those on "I"
+TWIN = 0.28                                 # two subjects with similar names and the same attributes: hard negatives
+ATTRIBUTES = {1: 0.36, 2: 0.36, 3: 0.18, 4: 0.07, 5: 0.03}                      # how many are told of a subject
+WAYS = dict(plain=0.47, joined=0.08, mentioned=0.10, continued=0.12, update=0.23)  # how one is told: see World.tell
+LIST = 0.7                                  # an attribute that may have two values is told with two
+SECOND_QUESTION, UNANSWERABLE = 0.3, 0.75   # a second phrasing; one more question, that can't be answered,
+UNKNOWN = 0.3                               # because its subject is unknown (else: the attribute wasn't told)
+INVENTED, OPEN_VALUE = 0.18, 0.5            # names, and values, that no list holds
+QUOTED, WRAPPED = 0.1, 0.12                 # values in quotes; facts inside a longer utterance
+FORCED = dict(lookup=["plain"], coreference=["mentioned", "continued"], update=["update"], list=["list"])
+MOST_SENTENCES = 6                          # about one subject
+FEWEST_FACTS = dict(lookup=1, update=2, coreference=2, two_hop=2, list=2, unanswerable=1)
+
+SYMBOLS = {"#": "0123456789", "^": "123456789", "?": "ABCDEFGHJKLMNPRSTUVWXYZ", "*": "abcdefghijkmnopqrstuvwxyz",
+           "~": "0123456789abcdef"}
+PRONOUN_HOLES = ("{Sub}", "{sub}", "{Poss}", "{poss}", "{obj}")
+PRONOUNS = {"female": ("She", "she", "Her", "her", "her"), "male": ("He", "he", "His", "his", "him"),
+            "it": ("It", "it", "Its", "its", "it")}
+QUOTABLE = re.compile(r"(^| )\{v\}($|[ .,;:!?])")
+JOINABLE = re.compile(r"[^.!?:;\"]*\.")     # one plain sentence: ", and she …" may follow
+STAYS_CAPITAL = re.compile(r"(I|(Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)days?|January|June|December)\b|[A-Z][A-Z]")
+
+
+@dataclass
+class Question:
+    """A question about a bundle."""
+
+    question: str
+    answer: str             # the value exactly as its sentence has it; two of them as "A and B"; "" if unanswerable
+    support: list           # of int: the facts that answer it, in order of use; [] if unanswerable
+    kind: str               # one of KINDS
+    trained: bool           # whether its names, values and templates are all those of training
+
+
+@dataclass
+class Bundle:
+    """A few sentences that belong together, and what can be asked of them."""
+
+    facts: list             # of str
+    follows: list           # of bool: fact i must stand directly after fact i - 1, because its pronoun refers to it
+    questions: list         # of Question
+    subjects: frozenset     # of str: who and what it is about; bundles of one memory share none ("I" for the first person)
+
+
+class Subject(NamedTuple):
+    """Somebody or something that facts are about."""
+
+    name: str
+    gender: str             # a key of PRONOUNS, or "I"
+    type: str               # "person" or the kind of thing, as in data_gen.json
+    key: str                # the same for two subjects that could be taken for each other
+
+
+ME = Subject("I", "I", "person", "I")
+
+
+def split_of(text):
+    """The split that a made word or value belongs to: a hash of its letters decides, so that every seed agrees."""
+    share = zlib.crc32(text.lower().encode()) % 100
+    return "train" if share < 80 else "validation" if share < 85 else "test"
+
+
+def open_vocabulary(tokenizer):
+    """The plain words of a `gemma.Tokenizer`: 3 to 12 Latin letters, in pieces that follow a space. Sorted list of str."""
+    pieces = map(tokenizer.pieces.id_to_piece, range(tokenizer.vocab_size))
+    return sorted({piece[1:] for piece in pieces if re.fullmatch("\u2581[A-Za-z\u00c0-\u024f]{3,12}", piece) and piece[1:].isalpha()})
+
+
+def of_split(lists, split):
+    """What `split` uses of {"train": [...], "test": [...]}: validation is every tenth item of train."""
+    if split == "test":
+        return lists["test"]
+    return [item for i, item in enumerate(lists["train"]) if (i % 10 == 0) == (split == "validation")]
+
+
+def start_small(template):
+    """A template as it goes on after a comma. A value keeps its case, and so do words that always have a capital."""
+    if template.startswith("{P}"):
+        return "{p}" + template[3:]
+    return template if STAYS_CAPITAL.match(template) else template[0].lower() + template[1:]
+
+
+def within(frame, template):
+    """A template inside a longer utterance ("By the way, {f}")."""
+    before, _, after = frame.partition("{f}")
+    if before.rstrip().endswith((".", "!", "?")):
+        template = template[0].upper() + template[1:]
+    elif before:
+        template = start_small(template)
+    return before + template + ("." if after and template[-1] not in '.!?"' else "") + after
+
+
+def with_pronouns(template, gender):
+    for hole, word in zip(PRONOUN_HOLES, PRONOUNS[gender]):
+        template = template.replace(hole, word)
+    return template
+
+
+class World:
+    """Draws bundles and memories of one split, all from one seed.
+
+    split: "train", "validation" or "test" chooses names, things and values; no two of them share any.
+    phrasings: the templates, "train" or "test"; by default those of test for the split test, else those of train.
+    words: an open vocabulary, list of str (see `open_vocabulary`); without it, words are built from syllables.
+    Same arguments, same draws, on every platform and Python version: only Random.random() is used, since choice, shuffle
+    and sample have changed between versions. Raises InputError for a split or phrasings that don't exist.
+    """
+
+    def __init__(self, split="train", seed=0, words=(), phrasings=None):
+        phrasings = phrasings or ("test" if split == "test" else "train")
+        if split not in SPLITS or phrasings not in ("train", "test"):
+            raise InputError(f"expected a split of {', '.join(SPLITS)} and phrasings train or test, got {split!r} and {phrasings!r}.")
+        data = read_json(HERE / "data_gen.json")
+        self.split, self.random, self.trained = split, Random(seed).random, split == phrasings == "train"
+        self.read_lists(data, words)
+        self.read_templates(data, phrasings)
+
+    # ---------------------------------------------------------------------------------- what there is to draw from
+
+    def read_lists(self, data, words):
+        """Fill `self.choices`: for each list or pattern, what it may become, each a str or a tuple of parts (see `draw`)."""
+        def listed(split):
+            groups = (*names.values(), *data["things"].values(), *data["values"].values())
+            return {word for group in groups for item in of_split(group, split) for word in re.findall(r"[^\W\d_]+", item.lower())}
+
+        split, names = self.split, data["names"]
+        self.foreign = set().union(*(listed(other) for other in SPLITS if other != split))    # words of the other splits' lists
+        words = [word for word in words if split_of(word) == split and word.lower() not in self.foreign]
+        # A first name stands either alone or with a last name, a last name with a title or a first name: so "Maria" never
+        # meets "Maria Lopez", who never meets "Dr. Lopez", and no question is ambiguous.
+        first, last = {gender: of_split(names[gender], split) for gender in ("female", "male")}, of_split(names["last"], split)
+        self.alone, self.full = ({gender: first[gender][half::2] for gender in first} for half in (0, 1))
+        self.titled, self.last = last[::3], [name for i, name in enumerate(last) if i % 3]
+        self.titles = data["titles"]
+        self.things = {kind: of_split(lists, split) for kind, lists in data["things"].items()}
+        self.choices = choices = {name: list(items) for name, items in data["parts"].items()}
+        choices.update({name: list(of_split(lists, split)) for name, lists in data["values"].items()})
+        choices.update({name: [] for name in data["shapes"]}, first=first["female"] + first["male"], last=last)
+        choices["Syl"] = [syllable.capitalize() for syllable in choices["syl"]]
+        choices["word"] = words or [self.compile("{syl}{syl}"), self.compile("{syl}{syl}{coda}")]
+        choices["Word"] = [word[0].upper() + word[1:] for word in words if word[1:].islower()] or \
+            [self.compile("{Syl}{syl}"), self.compile("{Syl}{syl}{coda}")]
+        choices["Name"] = [word for word in choices["Word"] if type(word) is tuple or len(word) > 3]
+        for name, patterns in data["shapes"].items():
+            choices[name] += map(self.compile, patterns)
+        self.open = [choices[name] for name, weight in data["open"].items() for _ in range(weight)]
+        self.invented = {kind: list(map(self.compile, patterns)) for kind, patterns in data["invented"].items()}
+
+    def compile(self, pattern):
+        """A pattern as a tuple of parts: a str stands for itself, a list for one of its members."""
+        parts = re.split(r"(\{\w+\}|[#^?*~])", pattern)
+        return tuple(self.choices[part[1:-1]] if part[0] == "{" else list(SYMBOLS[part]) if part in SYMBOLS else part
+                     for part in parts if part)
+
+    def read_templates(self, data, phrasings):
+        """Fill `self.attributes`, a list per type of subject, `self.relations` and `self.prose`."""
+        def templates(entry):       # every section in the phrasing in use; {p} becomes {P} where a sentence starts
+            return {section: [re.sub(r'(^"?|[.!?] "?)\{p\}', r"\1{P}", template) for template in lists[phrasings]]
+                    for section, lists in entry.items() if isinstance(lists, dict)}
+
+        self.attributes = {}
+        for entry in data["attributes"]:
+            sections = {"also": [], **templates(entry)}
+            self.attributes.setdefault(entry["subject"], []).append(SimpleNamespace(
+                **sections, name=entry["name"], types=[self.choices[kind] for kind in entry["values"]],
+                quoted=4 * QUOTED if entry["values"][0].endswith("_title") else QUOTED,
+                clashes={entry["name"]}.union(*(group for group in data["confusable"] if entry["name"] in group)),
+                joinable=list(filter(JOINABLE.fullmatch, sections["facts"])),
+                joining=[t[0] + t[1].lower() + t[2:] for t in sections["pronoun"] if t.startswith(("{Sub}", "{Poss}"))]))
+        self.kinds = [kind for kind, attributes in self.attributes.items() for _ in attributes if kind != "person"]
+        self.relations = [SimpleNamespace(**{**entry, **templates(entry)}) for entry in data["relations"]]
+        self.prose = templates(data["prose"])
+
+    # ------------------------------------------------------------------------------------------------------- values
+
+    def pick(self, items):
+        return items[int(self.random() * len(items))]
+
+    def weighted(self, weights):
+        """A key of a dict of weights that add up to 1."""
+        chance = self.random()
+        for key, weight in weights.items():
+            chance -= weight
+            if chance < 0:
+                break
+        return key
+
+    def draw(self, choices):
+        """One of `choices`; where that is a pattern, its holes are drawn in turn."""
+        choice = self.pick(choices)
+        return choice if type(choice) is str else "".join([part if type(part) is str else self.draw(part) for part in choice])
+
+    def make(self, choices):
+        """Like `draw`, but what a pattern makes is of this split: its hash says so, and no list of another split has it."""
+        while True:
+            choice = self.pick(choices)
+            if type(choice) is str:
+                return choice
+            text = "".join([part if type(part) is str else self.draw(part) for part in choice])
+            if split_of(text) == self.split and text.lower() not in self.foreign:
+                return text
+
+    def value(self, attribute, taken):
+        """A value that is not yet in the set `taken`, and joins it: of a type that suits the attribute, or anything at all."""
+        while True:
+            text = self.make(self.pick(self.open if self.random() < OPEN_VALUE else attribute.types))
+            if text not in taken:
+                taken.add(text)
+                return text
+
+    # ----------------------------------------------------------------------------------------------------- subjects
+
+    def person(self, gender=None, titles=True):
+        gender = gender or ("female" if self.random() < 0.5 else "male")
+        chance = self.random()
+        if chance < INVENTED:
+            name = self.make(self.invented["person"])
+        elif chance < 0.58:
+            name = self.pick(self.alone[gender])
+        elif chance < 0.9 or not titles:
+            name = f"{self.pick(self.full[gender])} {self.last_name()}"
+        elif chance < 0.96:
+            name = f"{self.pick(self.titles['last'][gender])} {self.pick(self.titled)}"
+        else:
+            first = self.pick(self.alone[gender])
+            return Subject(f"{self.pick(self.titles['first'][gender])} {first}", gender, "person", first.lower())
+        return Subject(name, gender, "person", name.lower())
+
+    def last_name(self):
+        return self.make(self.choices["Name"]) if self.random() < INVENTED else self.pick(self.last)
+
+    def thing(self, kind):
+        name = self.make(self.invented[kind]) if self.random() < INVENTED else self.pick(self.things[kind])
+        return Subject(name, "it", kind, name.lower())
+
+    def lookalike(self, subject):
+        """Another subject of the same type whose name differs in one word, or in one letter of it."""
+        while True:
+            words, chance, at = subject.name.split(" "), self.random(), -1
+            if subject.type != "person" and chance < 0.7:
+                at = self.pick([i for i, word in enumerate(words) if len(word) > 3] or [-1])
+                words[at] = self.make(self.choices["Word" if words[at][0].isupper() else "word"])
+            elif subject.type == "person" and len(words) == 2 and words[0] in self.full[subject.gender] and chance < 0.8:
+                at = int(self.random() * 2)
+                words[at] = self.last_name() if at else self.pick(self.full[subject.gender])
+            else:
+                word = words[-1]
+                at = len(word) - 1 - int(self.random() * max(1, len(word) - 1))
+                words[-1] = word[:at] + self.pick("aeiou" if word[at] in "aeiou" else "bdfgklmnprstvz") + word[at + 1:]
+            name = " ".join(words)
+            key = (name if subject.key == subject.name.lower() else words[-1]).lower()
+            if key != subject.key and key not in self.foreign:
+                return subject._replace(name=name, key=key)
+
+    # ---------------------------------------------------------------------------------------------------- sentences
+
+    def say(self, template, subject, value="", quoted=0.0):
+        """A sentence or question from a template, with the noise of real writing. The value itself is never touched."""
+        if quoted and self.random() < quoted and '"' not in template and QUOTABLE.search(template):
+            template = template.replace("{v}", '"{v}"')
+        name, chance, end = subject.name, self.random(), template[-1]
+        if chance < 0.10 and end == "." or chance < 0.05 and end == "?":
+            template = template[:-1]
+        elif chance < 0.13 and end == ".":
+            template = template[:-1] + "!"
+        elif chance > 0.95:
+            template, name = start_small(template), name if chance < 0.975 else name.lower()
+        return template.replace("{P}", name[0].upper() + name[1:]).replace("{p}", name).replace("{v}", value)
+
+    def state(self, attribute, subject, value, frames=()):
+        """A sentence that tells an attribute plainly, inside one of `frames` if there are any."""
+        template = self.pick(attribute.first if subject is ME else attribute.facts)
+        return [self.say(within(self.pick(frames), template) if frames else template, subject, value, attribute.quoted)]
+
+    def ask(self, attribute, subject, answer, support, kind):
+        """One or two phrasings of the question on an attribute: list of Question, sentences as its support."""
+        templates = attribute.first_questions if subject is ME else attribute.questions
+        chosen = {self.pick(templates): None, self.pick(templates) if self.random() < SECOND_QUESTION else None: None}
+        return [Question(self.say(template, subject), answer, support, kind, self.trained) for template in chosen if template]
+
+    # ------------------------------------------------------------------------------------------------------ bundles
+
+    def plan(self, subject, kind):
+        """What is told of a subject, and how: list of (way, attributes). `kind`: the first one must allow such a question."""
+        pool, told, names = self.attributes[subject.type], [], set()
+        for _ in range(self.weighted(ATTRIBUTES)):
+            attribute = self.pick(pool if told or kind != "list" else [a for a in pool if a.also])
+            if attribute.clashes.isdisjoint(names):
+                told.append(attribute)
+                names.add(attribute.name)
+        plan, room = [], MOST_SENTENCES - len(told)
+        while told:
+            way = "list" if told[0].also and self.random() < LIST else self.weighted(WAYS)
+            if kind in FORCED and not plan:
+                way = self.pick(FORCED[kind])
+            if way == "continued" and len(told) == 1:
+                way = "mentioned"
+            if (subject is ME and way != "update" or way in ("update", "list", "mentioned") and not room
+                    or way == "joined" and (len(told) == 1 or not told[0].joinable or not told[1].joining)):
+                way = "plain"
+            room -= way in ("update", "list", "mentioned")
+            takes = 1 + (way in ("joined", "continued")) + (way in ("mentioned", "continued") and self.random() < 0.3)
+            plan.append((way, told[:takes]))
+            told = told[takes:]
+        return plan
+
+    def tell(self, subject, plan, taken):
+        """Say what is planned. taken: set of the values used so far, which grows. Returns (chunks, questions).
+
+        A chunk is a list of sentences that stay together. A sentence is a list that holds its str: that gives it an
+        identity, so that a question can point at it before its place is known. The ways:
+          plain      "Maria's code is 4821."
+          joined     "Maria's code is 4821, and she lives in Oslo."
+          mentioned  "I met Maria." "Her code is 4821."
+          continued  "Maria lives in Oslo." "Her code is 4821."
+          update     "Maria's code is 4821." … "Maria's code has changed to 77."
+          list       "Maria speaks Welsh." … "Maria also speaks Thai."
+        """
+        chunks, questions, later = [], [], []
+        for way, attributes in plan:
+            pairs = [(attribute, self.value(attribute, taken)) for attribute in attributes]
+            attribute, value = pairs[0]
+            if way == "joined":
+                (second, other), = pairs[1:]
+                template = self.pick(attribute.joinable)[:-1].replace("{v}", "{u}") + ", and " + \
+                    with_pronouns(self.pick(second.joining), subject.gender)
+                chunk = [[self.say(template, subject, other).replace("{u}", value)]]
+                questions += self.ask(second, subject, other, chunk, "lookup")
+            elif way == "mentioned":
+                chunk = [[self.say(self.pick(self.prose["mentions" if subject.type in ("person", "pet") else "mentions_thing"]), subject)]]
+            else:
+                wrapped = way != "continued" and self.random() < WRAPPED
+                chunk = [self.state(attribute, subject, value, self.prose["wrap"] if wrapped else ())]
+            if way in ("plain", "joined", "continued"):
+                questions += self.ask(attribute, subject, value, chunk[:], "lookup")
+            if way in ("mentioned", "continued"):
+                for attribute, value in pairs[way == "continued":]:
+                    template = with_pronouns(self.pick(attribute.pronoun), subject.gender)
+                    chunk.append([self.say(template, subject, value, attribute.quoted)])
+                    questions += self.ask(attribute, subject, value, chunk[-1:], "coreference")
+            chunks.append(chunk)
+            if way in ("update", "list"):
+                other = self.value(attribute, taken)
+                sentence = self.update(attribute, subject, other) if way == "update" else \
+                    [self.say(self.pick(attribute.also), subject, other, attribute.quoted)]
+                later.append((chunk, sentence))
+                answer, support = (other, [sentence]) if way == "update" else (f"{value} and {other}", [chunk[0], sentence])
+                questions += self.ask(attribute, subject, answer, support, way)
+        for chunk, sentence in later:            # after the sentence it goes back to, with 0 to 2 chunks between
+            at = 1 + next(i for i, other in enumerate(chunks) if other is chunk)
+            chunks.insert(at + int(self.random() * min(3, len(chunks) - at + 1)), [sentence])
+        return chunks, questions
+
+    def update(self, attribute, subject, value):
+        """The later sentence of an update: it says that something changed, or simply tells the attribute again."""
+        chance = self.random()
+        if subject is not ME and chance < 0.6:
+            return [self.say(self.pick(attribute.updates), subject, value, attribute.quoted)]
+        return self.state(attribute, subject, value, self.prose["change"] if chance < 0.8 else ())
+
+    def bundle(self, kind=None):
+        """A random Bundle; `kind`, one of KINDS, asks for one with a question of this kind. Raises InputError for another."""
+        if kind not in (None, *KINDS):
+            raise InputError(f"expected a kind of {', '.join(KINDS)}, got {kind!r}.")
+        chance = self.random()
+        if kind == "two_hop" or kind is None and chance < TWO_HOP:
+            return self.relatives()
+        if kind is None and chance > 1 - NOISE:
+            noises = [self.noise_about() for _ in range(self.weighted({1: 0.6, 2: 0.3, 3: 0.1}))]
+            question = Question(self.world_question(), "", [], "unanswerable", self.trained)
+            return self.finish([[[text]] for text, _ in noises], [question], {key for _, key in noises if key})
+        if kind == "list" and self.random() < 0.1:
+            subject = self.thing("event")
+        elif kind == "list" or self.random() < PERSON:
+            subject = ME if kind not in ("list", "coreference") and self.random() < FIRST_PERSON else self.person()
+        else:
+            subject = self.thing(self.pick(self.kinds))
+        plan, taken, keys = self.plan(subject, kind), set(), {subject.key}
+        chunks, questions = self.tell(subject, plan, taken)
+        if subject is not ME and sum(map(len, chunks)) <= MOST_SENTENCES // 2 and self.random() < TWIN:
+            twin = self.lookalike(subject)
+            more, asked = self.tell(twin, plan, taken)
+            chunks, questions = self.weave(chunks, more), questions + asked
+            keys.add(twin.key)
+        if kind == "unanswerable" or self.random() < UNANSWERABLE:
+            told = [attribute for _, attributes in plan for attribute in attributes]
+            attribute = self.untold(subject, told)
+            if attribute is None or self.random() < UNKNOWN:
+                attribute = self.pick(told)
+                while subject.key in keys:
+                    subject = self.person() if subject is ME else ME if subject.type == "person" and self.random() < 0.1 \
+                        else self.lookalike(subject)
+                keys.add(subject.key)
+            questions += self.ask(attribute, subject, "", [], "unanswerable")[:1]
+        return self.finish(chunks, questions, keys)
+
+    def untold(self, subject, told):
+        """An attribute that can't be taken for one of those told; None if there is hardly any."""
+        names = {attribute.name for attribute in told}
+        for _ in range(20):
+            attribute = self.pick(self.attributes[subject.type])
+            if attribute.clashes.isdisjoint(names):
+                return attribute
+
+    def relatives(self):
+        """A Bundle on two persons: how they are related, and attributes of the second, asked for by way of the first."""
+        relation, one = self.pick(self.relations), self.person()
+        other = self.person(relation.gender, titles=False)
+        while not set(one.key.split()).isdisjoint(other.key.split()):
+            other = self.person(relation.gender, titles=False)
+        template = self.pick(relation.facts).replace("{q}", "{v}")
+        if self.random() < WRAPPED:
+            template = within(self.pick(self.prose["wrap"]), template)
+        link, taken = [self.say(template, one, other.name)], {other.name}
+        plan = []
+        while not plan:
+            plan = [("plain", told[:1]) for _, told in self.plan(other, None)[:2] if relation.name not in told[0].clashes]
+        chunks, questions = self.tell(other, plan, taken)
+        told, stories = [attribute for _, (attribute,) in plan], [[[link]], chunks]
+        by_way = one._replace(name=f"{one.name}'s {relation.phrase}")
+        for attribute, (sentence,) in zip(told, chunks):
+            answer = next(question.answer for question in questions if question.support[0] is sentence)
+            if self.random() < 0.3:     # "the sister of Anna", unless that makes "the sister of Anna's code"
+                by_way = one._replace(name=f"the {relation.phrase} of {one.name}")
+                attribute = SimpleNamespace(questions=[t for t in attribute.questions if "}'" not in t] or attribute.questions)
+            questions += self.ask(attribute, by_way, answer, [link, sentence], "two_hop")
+        if self.random() < 0.3:
+            template = self.pick(self.prose["relation_questions"])
+            questions.append(Question(self.say(template, by_way), other.name, [link], "lookup", self.trained))
+        if self.random() < 0.5:         # the first person's own value, a hard negative
+            own, asked = self.tell(one, plan[:1], taken)
+            stories.append(own)
+            questions += asked
+        if self.random() < UNANSWERABLE:
+            attribute, phrase = self.untold(other, told), relation.phrase
+            if self.random() < 0.5:     # what is told, but of another relative
+                attribute = told[0]
+                while phrase == relation.phrase:
+                    phrase = self.pick(self.relations).phrase
+            questions += self.ask(attribute, one._replace(name=f"{one.name}'s {phrase}"), "", [], "unanswerable")[:1]
+        return self.finish(self.weave(*stories), questions, {one.key, other.key})
+
+    def finish(self, chunks, questions, keys):
+        """The Bundle of these chunks: sentences get their places, and questions point at those."""
+        sentences = [sentence for chunk in chunks for sentence in chunk]
+        place = {id(sentence): i for i, sentence in enumerate(sentences)}
+        for question in questions:
+            question.support = [place[id(sentence)] for sentence in question.support]
+        return Bundle([text for text, in sentences], [i > 0 for chunk in chunks for i in range(len(chunk))], questions, frozenset(keys))
+
+    def weave(self, *stories):
+        """Lists of chunks as one: each keeps its order, and every interleaving is as likely as any other."""
+        keyed = []
+        for chunks in stories:
+            keyed += zip(sorted([self.random() for _ in chunks]), chunks)
+        return [chunk for _, chunk in sorted(keyed, key=itemgetter(0))]
+
+    # ----------------------------------------------------------------------------------------------------- memories
+
+    def noise_about(self):
+        """(A sentence that answers nothing, the key of the person it mentions or "")."""
+        template = self.pick(self.prose["noise"])
+        subject = self.person() if "{p}" in template or "{P}" in template else ME
+        return self.say(template, subject), "" if subject is ME else subject.key
+
+    def noise(self):
+        """A sentence that answers nothing."""
+        return self.noise_about()[0]
+
+    def world_question(self):
+        """A question that nothing stored answers."""
+        return self.say(self.pick(self.prose["world_questions"]), ME)
+
+    def memory(self, n_facts, n_questions, kind=None):
+        """A memory of exactly `n_facts` sentences, and up to `n_questions` different questions on it, of `kind` if given.
+
+        Bundles are woven into each other; half of them stay in one piece, as in a conversation. No two share a subject.
+        Returns (facts, questions): list of str, and list of dict with the fields of a Question, whose `support` are indices
+        into these facts. Fewer questions come back if the sentences don't answer that many. Raises InputError if there
+        is no room for even one, or for another kind.
+        """
+        if n_questions < 1 or n_facts < FEWEST_FACTS.get(kind, 1):
+            raise InputError(f"expected at least {FEWEST_FACTS.get(kind, 1)} facts and 1 question (kind: {kind or 'any'}), "
+                             f"got {n_facts} and {n_questions}.")
+        bundles, subjects, missing, misfits = [], set(), n_questions, 0
+        room = n_facts
+        while room:
+            bundle = self.bundle(kind if missing > 0 and (misfits < 1000 or missing == n_questions) else None)
+            if len(bundle.facts) > room or not subjects.isdisjoint(bundle.subjects):
+                misfits += 1
+                continue
+            bundles.append(bundle)
+            subjects |= bundle.subjects
+            room -= len(bundle.facts)
+            missing -= sum(kind in (None, question.kind) for question in bundle.questions)
+        order = []                               # (a moment, number of the bundle, index of the fact)
+        for number, bundle in enumerate(bundles):
+            chunks = bundle.follows.count(False)
+            moments = sorted([self.random() for _ in range(chunks)]) if self.random() < 0.5 else [self.random()] * chunks
+            chunk = -1
+            for i, follows in enumerate(bundle.follows):
+                chunk += not follows
+                order.append((moments[chunk], number, i))
+        order.sort()
+        place = {(number, i): at for at, (_, number, i) in enumerate(order)}
+        pool = {question.question: (number, question) for number, bundle in enumerate(bundles)
+                for question in bundle.questions if kind in (None, question.kind)}
+        pool, questions = list(pool.values()), []
+        while pool and len(questions) < n_questions:
+            at = int(self.random() * len(pool))
+            pool[at], pool[-1] = pool[-1], pool[at]
+            number, question = pool.pop()
+            questions.append({**asdict(question), "support": [place[number, i] for i in question.support]})
+        return [bundles[number].facts[i] for _, number, i in order], questions
+
+    def example(self, n_facts, kind=None):
+        """One line of the JSONL, a dict: a memory of exactly `n_facts` sentences and one question, of `kind` if given."""
+        facts, (question,) = self.memory(n_facts, 1, kind)
+        del question["trained"]
+        return {"facts": facts, **question, "split": self.split}
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see python data_gen.py --help.")
+
+
+def sizes(text):
+    """ "4:32" -> (4, 32); "16" -> (16, 16)."""
+    low, _, high = text.partition(":")
+    return int(low), int(high or low)
+
+
+def main(arguments=None):
+    parser = Parser(description="Write synthetic memories with one question each as JSONL: facts, question, answer, support "
+                                "(indices into the facts), kind, split.",
+                    epilog="example: python data_gen.py --n 20000 --out data.jsonl --facts 4:32 --kind update")
+    parser.add_argument("--n", type=int, required=True, help="how many examples")
+    parser.add_argument("--out", type=Path, required=True, help="the JSONL file to write")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same examples (default: 0)")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="whose names, things, values and templates (default: train)")
+    parser.add_argument("--facts", type=sizes, default="4:32", metavar="LOW:HIGH", help="sentences in a memory (default: 4:32)")
+    parser.add_argument("--kind", choices=KINDS, help="only questions of this kind (default: all)")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer, for its words (default: tiny beside this file; "
+                                                       "while that is missing, words are made of syllables)")
+    try:
+        args = parser.parse_args(arguments)
+        fewest = FEWEST_FACTS.get(args.kind, 1)
+        if args.n < 1 or not fewest <= args.facts[0] <= args.facts[1]:
+            raise InputError(f"expected --n of at least 1 and --facts LOW:HIGH with {fewest} <= LOW <= HIGH, "
+                             f"got {args.n} and {args.facts[0]}:{args.facts[1]}.")
+        if not args.out.parent.is_dir() or args.out.is_dir():
+            raise InputError(f"{args.out}: expected a file in a folder that exists; make the folder or choose another.")
+        folder = args.tokenizer or HERE / "tiny"
+        words = open_vocabulary(Tokenizer(folder)) if args.tokenizer or (folder / "tokenizer.model").is_file() else ()
+        world = World(args.split, args.seed, words)
+        with replacing(args.out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for _ in tqdm(range(args.n), unit="example"):
+                n_facts = args.facts[0] + int(world.random() * (args.facts[1] - args.facts[0] + 1))
+                file.write(json.dumps(world.example(n_facts, args.kind), ensure_ascii=False) + "\n")
+    except (InputError, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,361 @@
+"""Graph attention by hand: against PyG's GATConv, against a dense version that is slow and obvious, and at its edges."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from gnn import (COSINE, EDGE_FEATURES, LATER, NEXT, PREVIOUS, EpisodicMemoryGNN, GATLayer, most_similar_later,
+                 softmax_by_target, time_and_similarity_edges)
+
+N, E, D, C, H, EDGE_DIM = 12, 40, 7, 5, 3, 4
+
+
+def random_layer(seed=0, dtype=torch.float32, **options):
+    torch.manual_seed(seed)
+    layer = GATLayer(D, C, H, **options).to(dtype)
+    torch.nn.init.normal_(layer.bias)
+    return layer
+
+
+def random_graph(seed=0, dtype=torch.float32, edge_dim=EDGE_DIM):
+    """Nodes 0 and 1 are isolated, node 2 only sends, node 3 only receives; edges may be doubled, and be self-loops."""
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.randint(4, N, (E,), generator=generator)
+    target = torch.randint(4, N, (E,), generator=generator)
+    source[:3], target[3:6] = 2, 3
+    source[6:9], target[6:9] = source[9:12], target[9:12]
+    source[12], target[12] = 7, 7
+    x = torch.randn(N, D, generator=generator, dtype=torch.float64).to(dtype)
+    edge_attr = torch.randn(E, edge_dim, generator=generator, dtype=torch.float64).to(dtype) if edge_dim else None
+    return x, torch.stack((source, target)), edge_attr
+
+
+def pyg_twin(layer, edge_dim):
+    """PyG's GATConv with the weights of `layer`, and the pairs (its parameter, ours)."""
+    nn = pytest.importorskip("torch_geometric.nn", reason="the oracle torch-geometric isn't installed")
+    twin = nn.GATConv(D, C, heads=H, edge_dim=edge_dim or None, add_self_loops=layer.self_loops, fill_value=0.0,
+                      negative_slope=layer.negative_slope).to(layer.bias.dtype)
+    pairs = [(twin.lin.weight, layer.project.weight), (twin.att_src, layer.score_source),
+             (twin.att_dst, layer.score_target), (twin.bias, layer.bias)]
+    if edge_dim:
+        pairs += [(twin.lin_edge.weight, layer.project_edge.weight), (twin.att_edge, layer.score_edge)]
+    with torch.no_grad():
+        for theirs, ours in pairs:
+            theirs.copy_(ours.view_as(theirs))
+    assert len(pairs) == len(list(twin.parameters())) == len(list(layer.parameters()))
+    return twin, pairs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("self_loops", [True, False])
+@pytest.mark.parametrize("edge_dim", [0, EDGE_DIM])
+def test_matches_pyg(edge_dim, self_loops, dtype):
+    """Catches source and target swapped, the bias or an edge term left out, self-loops doubled, a detached softmax."""
+    layer = random_layer(edge_dim=edge_dim, self_loops=self_loops, dtype=dtype)
+    twin, pairs = pyg_twin(layer, edge_dim)
+    x, edge_index, edge_attr = random_graph(edge_dim=edge_dim, dtype=dtype)
+    x, x_twin = x.requires_grad_(), x.clone().detach().requires_grad_()
+    out, expected = layer(x, edge_index, edge_attr), twin(x_twin, edge_index, edge_attr)
+    assert (out - expected).abs().max() < 1e-6
+    weight = torch.randn(out.shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for ours, theirs in [(x.grad, x_twin.grad), *((b.grad, a.grad) for a, b in pairs)]:
+        assert (ours - theirs.view_as(ours)).abs().max() <= 1e-6 * max(1.0, theirs.abs().max())
+
+
+def dense_gat(layer, x, edge_index, edge_attr=None):
+    """The same layer as a masked softmax over an (N, N) matrix, one head and one edge at a time."""
+    n = len(x)
+    edges = [(i, j, None if edge_attr is None else edge_attr[k]) for k, (i, j) in enumerate(edge_index.T.tolist())]
+    if layer.self_loops:
+        edges = [e for e in edges if e[0] != e[1]]
+        edges += [(i, i, None if edge_attr is None else edge_attr.new_zeros(EDGE_DIM)) for i in range(n)]
+    columns = []
+    for head in range(layer.heads):
+        rows = slice(head * layer.out_dim, (head + 1) * layer.out_dim)
+        z = x @ layer.project.weight[rows].T
+        out = []
+        for target in range(n):
+            scores, messages = [], []
+            for source, listener, features in edges:
+                if listener != target:
+                    continue
+                score = z[source] @ layer.score_source[head] + z[target] @ layer.score_target[head]
+                message = z[source]
+                if features is not None:
+                    e = layer.project_edge.weight[rows] @ features
+                    score = score + e @ layer.score_edge[head]
+                    message = message + e if layer.edge_messages else message
+                scores.append(F.leaky_relu(score, layer.negative_slope))
+                messages.append(message)
+            heard = torch.stack(messages).T @ torch.stack(scores).softmax(0) if scores else torch.zeros_like(z[0])
+            out.append(heard)
+        columns.append(torch.stack(out))
+    return torch.cat(columns, dim=1) + layer.bias
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data(), n=st.integers(1, 7), self_loops=st.booleans(), edge_messages=st.booleans(), seed=st.integers(0, 99))
+def test_matches_the_dense_version(data, n, self_loops, edge_messages, seed):
+    """Catches what PyG's layer can't show (messages with edge features) and odd graphs: no edges, one node, doubled edges."""
+    pairs = data.draw(st.lists(st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)), max_size=15))
+    edge_index = torch.tensor(pairs, dtype=torch.long).view(-1, 2).T
+    layer = random_layer(seed, torch.float64, edge_dim=EDGE_DIM, self_loops=self_loops, edge_messages=edge_messages)
+    x, edge_attr = torch.randn(n, D, dtype=torch.float64), torch.randn(len(pairs), EDGE_DIM, dtype=torch.float64)
+    assert (layer(x, edge_index, edge_attr) - dense_gat(layer, x, edge_index, edge_attr)).abs().max() < 1e-6
+
+
+def test_isolated_nodes_get_the_bias_or_themselves():
+    """Catches 0 / 0 in a softmax over no edges, and isolated nodes that hear other nodes."""
+    x, edge_index, _ = random_graph()
+    layer = random_layer(self_loops=False)
+    out = layer(x, edge_index)
+    assert torch.equal(out[:2], layer.bias.expand(2, -1)) and torch.equal(out[2], layer.bias)
+    layer.self_loops = True
+    out = layer(x, edge_index)
+    assert torch.allclose(out[:3], layer.project(x[:3]) + layer.bias, atol=1e-6)
+    no_edges = layer(x, torch.zeros(2, 0, dtype=torch.long))
+    assert torch.allclose(no_edges, layer.project(x) + layer.bias, atol=1e-6)
+
+
+def test_duplicate_edges_count_twice():
+    """Catches an edge list silently made a set: told twice, an edge draws twice the weight, as in PyG."""
+    scores = torch.tensor([[0.0], [0.0], [0.0]])
+    assert torch.allclose(softmax_by_target(scores, torch.tensor([1, 1, 1]), 2), torch.full((3, 1), 1 / 3))
+    layer = random_layer(self_loops=False)
+    x = torch.randn(3, D)
+    twice = layer(x, torch.tensor([[0, 0, 1], [2, 2, 2]])) - layer.bias
+    z = layer.project(x).view(3, H, C)
+    s = F.leaky_relu((z * layer.score_source).sum(-1) + (z[2] * layer.score_target).sum(-1), 0.2)
+    expected = (2 * s[0].exp()[:, None] * z[0] + s[1].exp()[:, None] * z[1]) / (2 * s[0].exp() + s[1].exp())[:, None]
+    assert torch.allclose(twice[2], expected.flatten(), atol=1e-6)
+
+
+def test_scores_of_200_stay_finite_and_exact():
+    """Catches a softmax stabilised with the global maximum: the neighbourhood at -200 would be 0 / 0; exp(200) overflows."""
+    scores = torch.tensor([[200.0], [199.0], [-200.0], [-201.0], [200.0], [-200.0]], requires_grad=True)
+    target = torch.tensor([0, 0, 1, 1, 2, 2])
+    weights = softmax_by_target(scores, target, 4)
+    a = 1 / (1 + math.exp(-1))
+    assert torch.allclose(weights[:, 0], torch.tensor([a, 1 - a, a, 1 - a, 1.0, 0.0]), atol=1e-6)
+    (weights[:, 0] * torch.tensor([1.0, 0, 1, 0, 1, 0])).sum().backward()
+    assert torch.allclose(scores.grad[:, 0], torch.tensor([1.0, -1, 1, -1, 0, 0]) * a * (1 - a), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-4)])  # 200 in float32: steps of 1.5e-5
+def test_layer_with_scores_of_200_matches_pyg(dtype, tolerance):
+    """Catches the same inside the layer, in outputs and gradients: per head the largest |score| of the graph is 200."""
+    layer = random_layer(dtype=dtype)
+    layer.negative_slope = 1.0  # so that -200 stays -200
+    twin, pairs = pyg_twin(layer, 0)
+    x, (source, target), _ = random_graph(dtype=dtype)
+    with torch.no_grad():
+        z = layer.project(x).view(N, H, C)
+        scores = (z * layer.score_source).sum(-1)[source] + (z * layer.score_target).sum(-1)[target]
+        for theirs, ours in pairs[1:3]:
+            ours.mul_((200 / scores.abs().amax(0))[:, None])
+            theirs.copy_(ours.view_as(theirs))
+        assert (scores.amax(0) > 0).all() and (scores.amin(0) < 0).all()
+    out, expected = layer(x, torch.stack((source, target))), twin(x, torch.stack((source, target)))
+    assert (out - expected).abs().max() < tolerance
+    out.pow(2).sum().backward()
+    expected.pow(2).sum().backward()
+    for theirs, ours in pairs:
+        assert (ours.grad - theirs.grad.view_as(ours)).abs().max() <= tolerance * max(1.0, theirs.grad.abs().max())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000), e=st.integers(0, 20), n=st.integers(1, 6), shift=st.floats(-500, 500))
+def test_softmax_by_target_is_a_softmax_per_target(seed, e, n, shift):
+    """Catches weights that leak between targets: each target's sum to 1, and moving one target's scores moves nobody's."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(e, 2, generator=generator, dtype=torch.float64) * 30
+    target = torch.randint(0, n, (e,), generator=generator)
+    weights = softmax_by_target(scores, target, n)
+    for node in range(n):
+        mine = target == node
+        if mine.any():
+            assert torch.allclose(weights[mine], scores[mine].softmax(0), atol=1e-12)
+    assert torch.allclose(softmax_by_target(scores + shift * (target == 0)[:, None], target, n), weights, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ the episode graph
+
+def edges_of(similar, cosine, valid, **options):
+    """{(source, target, column, cosine)} of time_and_similarity_edges, each checked to carry one type."""
+    edge_index, edge_attr = time_and_similarity_edges(similar, cosine, valid, **options)
+    assert edge_index.dtype == torch.long and edge_attr.shape == (edge_index.shape[1], EDGE_FEATURES)
+    assert (edge_attr[:, :COSINE].sum(1) == 1).all()
+    rows = zip(edge_index.T.tolist(), edge_attr[:, :COSINE].argmax(1).tolist(), edge_attr[:, COSINE].tolist())
+    found = [(source, target, column, round(cos, 4)) for (source, target), column, cos in rows]
+    assert len(found) == len(set(found))
+    return set(found)
+
+
+def test_edges_of_a_hand_worked_example():
+    """Catches a swapped direction, numbers without the graph's offset, and edges to or from empty places.
+
+    Two graphs with room for three; the second holds two. Node 0 ("lives in Lisbon") is like 2 ("moved to Oslo").
+
+        PREVIOUS    0 -> 1 -> 2        3 -> 4    5
+        NEXT        0 <- 1 <- 2        3 <- 4
+        LATER       0 <------ 2        3 <- 4
+    """
+    similar = torch.tensor([[[2, -1], [-1, -1], [-1, -1]], [[1, -1], [-1, -1], [1, -1]]])   # graph 1, place 2 is empty
+    cosine = torch.zeros(2, 3, 2)
+    cosine[0, 0, 0], cosine[1, 0, 0], cosine[1, 2, 0] = 0.75, 0.5, 0.9
+    valid = torch.tensor([[True, True, True], [True, True, False]])
+    time = {(0, 1, PREVIOUS, 0), (1, 2, PREVIOUS, 0), (3, 4, PREVIOUS, 0), (1, 0, NEXT, 0), (2, 1, NEXT, 0), (4, 3, NEXT, 0)}
+    later = {(2, 0, LATER, 0.75), (4, 3, LATER, 0.5)}
+    assert edges_of(similar, cosine, valid) == time | later
+    assert edges_of(similar, cosine, valid, time_edges=False) == later
+    assert edges_of(similar[..., :0], cosine[..., :0], valid) == time
+    assert edges_of(similar[..., :0], cosine[..., :0], valid, time_edges=False) == set()
+
+
+def test_most_similar_later_looks_forward_only():
+    """Catches an old fact that silences a new one, a node like itself, likeness to empty places, and S larger than N."""
+    own = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [2.0, 0.2], [1.0, 0.1], [1.0, 0.0]]])
+    valid = torch.tensor([[True, True, True, True, False]])
+    similar, cosine = most_similar_later(own, valid, S=2)
+    assert similar.tolist() == [[[2, 3], [-1, -1], [3, -1], [-1, -1], [-1, -1]]] or \
+        similar.tolist() == [[[3, 2], [-1, -1], [3, -1], [-1, -1], [-1, -1]]]
+    expected = F.cosine_similarity(own[0, 0], own[0, 2], dim=0)
+    assert torch.allclose(cosine[0, 0], expected.expand(2), atol=1e-6)
+    assert torch.equal(cosine[similar < 0], torch.zeros(int((similar < 0).sum())))
+    similar, cosine = most_similar_later(own, valid, S=9)
+    assert similar.shape == cosine.shape == (1, 5, 9) and (similar[..., 5:] == -1).all()
+    similar, cosine = most_similar_later(own, valid, S=0)
+    assert similar.shape == cosine.shape == (1, 5, 0)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 8), S=st.integers(1, 3), floor=st.sampled_from([-1.0, 0.0, 0.5]))
+def test_most_similar_later_matches_a_loop(seed, n, S, floor):
+    """Catches a wrong mask or threshold: the slow version looks at every pair."""
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.randn(2, n, 4, generator=generator)
+    valid = torch.rand(2, n, generator=generator) < 0.8
+    similar, cosine = most_similar_later(own, valid, S, floor)
+    for g in range(2):
+        for i in range(n):
+            likes = [(float(F.cosine_similarity(own[g, i], own[g, j], dim=0)), j) for j in range(i + 1, n)
+                     if valid[g, i] and valid[g, j]]
+            best = [(c, j) for c, j in sorted(likes, reverse=True)[:S] if c >= floor]
+            assert [j for j in similar[g, i].tolist() if j >= 0] == [j for _, j in best]
+            assert torch.allclose(cosine[g, i, :len(best)], torch.tensor([c for c, _ in best]), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ EpisodicMemoryGNN
+
+def random_gnn(seed=0, **options):
+    torch.manual_seed(seed)
+    gnn = EpisodicMemoryGNN(D, heads=2, key_dim=6, gat_dim=3, **options)
+    with torch.no_grad():
+        gnn.mean.normal_()
+        gnn.std.uniform_(0.5, 2.0)
+    return gnn.eval()
+
+
+def keys_of_graphs(gnn, x, valid, similar=None, cosine=None):
+    """x (G, N, D) -> keys (G, N, H, C)."""
+    G, n = valid.shape
+    similar = torch.full((G, n, 1), -1) if similar is None else similar
+    cosine = torch.zeros(similar.shape) if cosine is None else cosine
+    edges = time_and_similarity_edges(similar, cosine, valid)
+    return gnn.keys(x.flatten(0, 1), *edges).view(G, n, gnn.heads, gnn.key_dim)
+
+
+@torch.no_grad()
+def test_who_hears_whom():
+    """Catches messages that run the wrong way: "she" must hear the sentence before it, an old fact its later twin.
+
+    Changing one node changes its own key and those of its neighbours in time (and of the node whose twin it is), no other.
+    """
+    gnn, x, valid = random_gnn(), torch.randn(1, 6, D), torch.ones(1, 6, dtype=torch.bool)
+    similar, cosine = torch.full((1, 6, 1), -1), torch.zeros(1, 6, 1)
+    similar[0, 0, 0], cosine[0, 0, 0] = 4, 0.9          # node 4 makes node 0 out of date
+    before = keys_of_graphs(gnn, x, valid, similar, cosine)
+    for node, listeners in ((2, {1, 2, 3}), (4, {0, 3, 4, 5}), (0, {0, 1})):
+        changed = x.clone()
+        changed[0, node] += 1
+        after = keys_of_graphs(gnn, changed, valid, similar, cosine)
+        assert {i for i in range(6) if not torch.equal(before[0, i], after[0, i])} == listeners
+
+
+@torch.no_grad()
+def test_previous_and_next_are_told_apart():
+    """Catches edge features that don't reach the message: a node between A and B must not have the key of one between B and A."""
+    gnn, x, valid = random_gnn(), torch.randn(1, 3, D), torch.ones(1, 3, dtype=torch.bool)
+    forwards, backwards = keys_of_graphs(gnn, x, valid), keys_of_graphs(gnn, x.flip(1), valid)
+    assert (forwards[0, 1] - backwards[0, 1]).abs().max() > 1e-3
+
+
+def test_coreference_can_be_learned():
+    """Catches a dead path from the sentence before to the key: its gradient must reach that node and every GAT parameter."""
+    gnn, valid = random_gnn(), torch.ones(1, 2, dtype=torch.bool)
+    x = torch.randn(1, 2, D, requires_grad=True)
+    keys_of_graphs(gnn, x, valid)[0, 1].pow(3).sum().backward()
+    assert x.grad[0, 0].abs().sum() > 0
+    for name, p in gnn.named_parameters():
+        assert (p.grad is not None and p.grad.abs().sum() > 0) == (name not in ("null_key", "log_temperature")), name
+
+
+@torch.no_grad()
+def test_graphs_of_a_batch_do_not_mix():
+    """Catches time edges across the border of two graphs, and padding that changes a graph's keys."""
+    gnn, x = random_gnn(), torch.randn(3, 5, D)
+    valid = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] * 4 + [False]])
+    together = keys_of_graphs(gnn, x, valid)
+    for g in range(3):
+        n = int(valid[g].sum())
+        alone = keys_of_graphs(gnn, x[g:g + 1, :n], valid[g:g + 1, :n])
+        assert torch.allclose(together[g, :n], alone[0], atol=1e-6)
+
+
+@torch.no_grad()
+def test_keys_do_not_depend_on_what_all_sentences_share():
+    """Catches keys of raw states, any two of which have a cosine of 0.98, and a key whose length carries a preference."""
+    gnn, x, valid = random_gnn(), torch.randn(1, 4, D), torch.ones(1, 4, dtype=torch.bool)
+    keys = keys_of_graphs(gnn, x, valid)
+    assert torch.allclose(keys.norm(dim=-1), torch.ones(1, 4, 2), atol=1e-6)
+    shifted = random_gnn()
+    shifted.mean += 100.0
+    assert torch.allclose(keys_of_graphs(shifted, x + 100.0, valid), keys, atol=1e-4)
+    own = random_gnn(use_graph=False)
+    scaled = F.normalize(own.own_keys(own.mean + (x - own.mean) * 0.5).view(1, 4, 2, 6), dim=-1)
+    assert torch.allclose(scaled, keys_of_graphs(own, x, valid), atol=1e-5)
+
+
+@pytest.mark.parametrize("cosine_keys", [True, False])
+@torch.no_grad()
+def test_weights_over_episodes_and_null_sum_to_one(cosine_keys):
+    """Catches weight on empty places, a null outside the softmax, NaN for an empty memory, and a batch row that sees others."""
+    gnn, S = random_gnn(cosine_keys=cosine_keys), 3
+    valid = torch.tensor([[True] * 4, [True, False, True, False], [False] * 4])
+    query, keys = torch.randn(3, S, 2, 6), torch.randn(3, 4, 2, 6)
+    weights = gnn.log_weights(query, keys, valid, valid.sum(1)).exp()
+    assert weights.shape == (3, S, 2, 5)
+    assert torch.allclose(weights.sum(-1), torch.ones(3, S, 2), atol=1e-6)
+    assert torch.equal(weights[2, ..., 4], torch.ones(S, 2)) and (weights[2, ..., :4] == 0).all()
+    assert (weights[1][..., [1, 3]] == 0).all() and (weights[0] > 0).all()
+    for g in range(3):  # the order of episodes, and what stands beside them, doesn't matter
+        order = torch.randperm(4)
+        alone = gnn.log_weights(query[g:g + 1], keys[g:g + 1, order], valid[g:g + 1, order], valid[g:g + 1].sum(1)).exp()
+        assert torch.allclose(alone[0][..., :4], weights[g][..., order], atol=1e-6)
+        assert torch.allclose(alone[0][..., 4], weights[g][..., 4], atol=1e-6)
+
+
+@torch.no_grad()
+def test_temperature_knows_the_number_of_episodes():
+    """Catches a softmax that spreads out as the memory grows: the scale is the learned one at 16, and grows like log(N + 2)."""
+    gnn = random_gnn()
+    scale = gnn.scale(torch.tensor([16, 256]))
+    assert torch.allclose(scale[0], torch.full((2,), 8.0), atol=1e-5)
+    assert torch.allclose(scale[1] / scale[0], torch.full((2,), math.log(258) / math.log(18)), atol=1e-6)
+    assert torch.isfinite(gnn.scale(torch.tensor([0]))).all()

@@ -1,0 +1,157 @@
+"""Make the tiny base from nothing: its text, its tokenizer, its weights.
+
+    python -m tiny.pretrain --out tiny            (one GPU, a few minutes; --steps 20 --documents 2000 --out /tmp/try to look)
+
+A Gemma 3 in every respect but size: 12 layers of both types, grouped attention, q/k norms, tied head, Gemma's control
+tokens at Gemma's ids, and the official file layout, so that gemma.py loads it like any other. Its world is data_gen.py's:
+documents of facts, chatter, and questions answered from the facts above them, with values from everywhere. So it learns the
+one thing a memory builds on, to copy an answer out of its context; it knows nothing of the world at large.
+"""
+
+import argparse
+import io
+import json
+import math
+import sys
+import time
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data_gen import World, open_vocabulary
+from gemma import BOS, Gemma, GemmaConfig, InputError, Tokenizer, check_device, replacing, write_json
+
+CONFIG = dict(
+    model_type="gemma3_text", vocab_size=4096, hidden_size=192, intermediate_size=384, num_hidden_layers=12,
+    num_attention_heads=4, num_key_value_heads=1, head_dim=48, query_pre_attn_scalar=48, sliding_window=128,
+    max_position_embeddings=1024)
+LENGTH = 320                            # tokens of a training block: longer than the window, so that full layers matter
+
+
+def document(world):
+    """One document: facts and chatter, then questions with their answers, or a list of words said twice (copying, pure)."""
+    r = world.random()
+    if r < 0.06:
+        words = [world.make(world.choices["word"]) for _ in range(4 + int(world.random() * 20))]
+        return f"{' '.join(words)}\n" * 2
+    if r < 0.12:
+        return " ".join(world.noise() for _ in range(3 + int(world.random() * 8))) + "\n"
+    facts, questions = world.memory(2 + int(world.random() ** 2 * 14), 1 + int(world.random() * 5))
+    text = (" " if world.random() < 0.4 else "\n").join(facts) + "\n"
+    return text + "".join(f"Question: {q['question']}\nAnswer: {q['answer']}\n" for q in questions if q["support"])
+
+
+def documents(task):
+    """(seed, how many, words) -> list of str. A process of its own draws each part."""
+    seed, n, words = task
+    world = World("train", seed, words)
+    return [document(world) for _ in range(n)]
+
+
+def tokenized(task):
+    """(seed, how many, folder of the tokenizer) -> int16 array of ids, documents set apart by <bos>."""
+    seed, n, folder = task
+    tokenizer = Tokenizer(folder)
+    rows = [tokenizer.encode(text) for text in documents((seed, n, open_vocabulary(tokenizer)))]
+    return np.concatenate([np.array(row, dtype=np.int16) for row in rows])
+
+
+def make_tokenizer(out, texts):
+    """A BPE tokenizer of CONFIG's size with Gemma's first 107 ids (design of the official tokenizer.model)."""
+    control = ["<mask>", "[multimodal]"] + [f"<unused{i}>" for i in range(99)] + ["<start_of_turn>", "<end_of_turn>"]
+    white = ["\n" * n for n in range(1, 5)] + ["\u2581" * n for n in range(2, 5)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in texts for line in text.split("\n") if line), model_writer=model,
+        model_type="bpe", vocab_size=CONFIG["vocab_size"], byte_fallback=True, split_digits=True, character_coverage=0.9995,
+        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3, user_defined_symbols=control + white, num_threads=1, minloglevel=2)
+    with replacing(out / "tokenizer.model") as temporary:
+        temporary.write_bytes(model.getvalue())
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="example: python -m tiny.pretrain --out out/tiny")
+    parser.add_argument("--out", default="out/tiny", help="folder for config.json, model.safetensors, tokenizer.model, pretrain.jsonl")
+    parser.add_argument("--documents", type=int, default=800_000, help="documents to draw")
+    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=128, help=f"blocks of {LENGTH} tokens a step")
+    parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
+    parser.add_argument("--workers", type=int, default=8, help="processes that draw text; the text does not depend on it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    out, device = Path(options.out), check_device(options.device)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)
+    torch.set_float32_matmul_precision("high")
+
+    # 1. Text and tokenizer. Each of 64 parts has a seed of its own, so the number of processes changes nothing.
+    part = max(1, options.documents // 64)
+    with Pool(options.workers) as processes:
+        make_tokenizer(out, sum(processes.map(documents, [(options.seed * 1000 + 500 + i, min(part, 300), ()) for i in range(64)]), []))
+        tasks = [(options.seed * 1000 + i, part, str(out)) for i in range(64)]
+        ids = np.concatenate(list(tqdm(processes.imap(tokenized, tasks), total=64, desc="drawing text", unit="part")))
+    data = torch.from_numpy(ids.astype(np.int16)).to(device)
+    print(f"{len(data):,} tokens of text", file=sys.stderr)
+
+    # 2. Weights.
+    config = GemmaConfig.from_dict(CONFIG)
+    model = Gemma(config).to(device)
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            # The embedding is multiplied by sqrt(D) and is the output head too: small, or the first losses explode.
+            torch.nn.init.normal_(p, std=0.02 if "o_proj" not in name and "down_proj" not in name else 0.02 / math.sqrt(2 * config.num_hidden_layers))
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
+                                   {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}],
+                                  lr=options.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
+    run = torch.compile(model) if device.type == "cuda" else model
+    generator = torch.Generator(device).manual_seed(options.seed)
+    started, lines = time.time(), []
+    bar = tqdm(range(options.steps), desc="pretraining", unit="step")
+    for step in bar:
+        rate = options.lr * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / options.steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        start = torch.randint(len(data) - LENGTH - 1, (options.batch, 1), generator=generator, device=device)
+        block = data[start + torch.arange(LENGTH + 1, device=device)].long()
+        block[:, 0] = BOS
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = run(block[:, :-1])
+            loss = F.cross_entropy(logits.float().flatten(0, 1), block[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 100 == 0 or step + 1 == options.steps:
+            lines.append(json.dumps(dict(step=step + 1, loss=round(loss.item(), 4), seconds=round(time.time() - started, 1))))
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.save_pretrained(out)
+    with replacing(out / "pretrain.jsonl") as temporary:
+        temporary.write_text(json.dumps(dict(vars(options), tokens=len(data), device=torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+                                             parameters=sum(p.numel() for p in parameters))) + "\n" + "\n".join(lines) + "\n")
+
+    # 3. Does it answer from its prompt? Held-out people and values, four facts.
+    model = Gemma.from_pretrained(out, device=device)
+    tokenizer = Tokenizer(out)
+    world, right = World("test", options.seed, open_vocabulary(tokenizer)), 0
+    for _ in tqdm(range(200), desc="asking", unit="question"):
+        example = world.example(4, "lookup")
+        prompt = tokenizer.encode("\n".join(example["facts"]) + f"\nQuestion: {example['question']}\nAnswer:")
+        row = torch.tensor([prompt], device=device)
+        made = model.generate(row, max_new_tokens=24, stop=(1, *tokenizer.encode("\n", bos=False)))[0, len(prompt):].tolist()
+        right += tokenizer.decode(made).split("\n")[0].strip() == example["answer"]
+    print(f"answers from 4 facts in its prompt, unseen people, values and phrasings: {right / 2:.1f}% of 200; saved in {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -1,0 +1,490 @@
+"""Train a memory on a frozen Gemma:  python train.py            (the tiny model, CPU, a few minutes)
+                                      python train.py --model google/gemma-3-1b-it --out out/1b
+
+Everything below the injection layer is frozen, so its output never changes: a large *pool* of sentences, questions and
+ordinary text is run through layers 1..8 once, and every training step draws memories and questions from the pool. A step
+then runs the graph network, the injection and the layers above, forward and backward, with logits at answer positions only.
+
+A batch is G memories of up to N episodes with R / G questions each; nothing loops over it. Two losses:
+  * cross-entropy on the answer's tokens,
+  * retrieval: minus the log of the attention on the episodes that hold the answer, or on the null episode where none does.
+
+Letters as in memory.py, and P bundles of the pool (a bundle is a few sentences that belong together, see data_gen.py),
+F sentences and Q questions of a bundle at most.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from data_gen import KINDS, World, open_vocabulary
+from gemma import BOS, PAD, InputError, Places, Tokenizer, check_device, replacing
+from gnn import most_similar_later, time_and_similarity_edges
+from memory import GemmaWithMemory, MemoryConfig, MemoryView, TokenStore, pooled, question_prompt
+
+TEXT = len(KINDS)                       # the kind of a sequence that is ordinary text
+
+
+@dataclass
+class TrainConfig:
+    """How to train; each field is an option of the command line."""
+
+    model: str = field(default="tiny", metadata={"help": "the base: tiny, gemma-3-270m, a folder, or a Hub id"})
+    out: str = field(default="out/memory", metadata={"help": "folder for the trained memory, its checkpoint and log"})
+    steps: int = field(default=700, metadata={"help": "optimizer steps"})
+    batch: int = field(default=128, metadata={"help": "R: questions a step"})
+    accumulate: int = field(default=1, metadata={"help": "batches whose gradients are added up to one step"})
+    bundles: int = field(default=6000, metadata={"help": "P: bundles of sentences and questions in the pool"})
+    facts: int = field(default=64, metadata={"help": "the largest memory in training; memories grow up to it"})
+    lr: float = field(default=2e-3, metadata={"help": "highest learning rate of AdamW"})
+    weight_decay: float = field(default=0.01, metadata={"help": "of AdamW, on matrices"})
+    warmup: int = field(default=50, metadata={"help": "steps of linear warm-up; cosine decay follows"})
+    clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
+    retrieval: float = field(default=0.3, metadata={"help": "weight of the retrieval loss"})
+    unknown: float = field(default=0.1, metadata={"help": "share of questions about somebody the memory never heard of"})
+    text: float = field(default=0.06, metadata={"help": "share of rows that are ordinary text, for which the memory is to be silent"})
+    tokens: int = field(default=40, metadata={"help": "T: longest question with its answer; longer ones are left out"})
+    open_words: bool = field(default=True, metadata={"help": "values from the whole vocabulary; without them the memory learns to classify, not to copy"})
+    eval_every: int = field(default=100, metadata={"help": "steps between evaluations on held-out people and values"})
+    seed: int = field(default=0, metadata={"help": "of every random draw"})
+    device: str = field(default="", metadata={"help": "cpu, cuda, mps; default: a GPU if there is one"})
+    workers: int = field(default=0, metadata={"help": "processes that draw the pool's sentences; 0: this one"})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the layers above the injection"})
+    resume: bool = field(default=False, metadata={"help": "go on from the checkpoint in --out"})
+
+
+# ------------------------------------------------------------------------------------------------------------ pool
+
+LONGEST_FACT = 64                       # tokens; longer sentences are left out of training, not of use
+
+
+def draw_part(task):
+    """Some bundles as token ids: list of (facts, follows, [(prompt, answer, support, kind)], is first person)."""
+    path, chat, split, phrasings, open_words, tokens, seed, n = task
+    tokenizer = Tokenizer(path)
+    newline = tokenizer.encode("\n", bos=False)
+    world = World(split, seed, open_vocabulary(tokenizer) if open_words else (), phrasings)
+    part = []
+    for bundle in (world.bundle() for _ in range(n)):
+        facts, asked = [tokenizer.encode(f) for f in bundle.facts], []
+        for q in bundle.questions:
+            prompt = question_prompt(tokenizer, q.question, chat)
+            answer = tokenizer.encode(" " + q.answer, bos=False) + newline if q.support else []
+            if len(prompt) + len(answer) <= tokens:
+                asked.append((prompt, answer, q.support, KINDS.index(q.kind)))
+        if asked and max(map(len, facts)) <= LONGEST_FACT:
+            part.append((facts, bundle.follows, asked, "I" in bundle.subjects))
+    return part
+
+
+class Pool:
+    """Bundles of one split with their frozen states: what a batch is drawn from. Lives on the model's device."""
+
+    def __init__(self, model, split, P, tokens, seed, open_words=True, phrasings=None, texts=0, workers=0, progress=True):
+        """texts: how many pieces of ordinary text to add, written by the base itself."""
+        device = model.gemma.device
+        parts = max(1, min(64, P // 500))              # each with a seed of its own: the number of workers changes nothing
+        tasks = [(model.tokenizer.path, model.config.chat, split, phrasings, open_words, tokens, seed * 1000 + i, P // parts) for i in range(parts)]
+        facts, sequences, self.bundles = [], [], []
+        with multiprocessing.get_context("spawn").Pool(workers) if workers else nullcontext() as processes:
+            drawn = processes.imap(draw_part, tasks) if workers else map(draw_part, tasks)
+            for part in tqdm(drawn, desc=f"drawing {split} sentences", unit="part", total=parts, disable=not progress, leave=False):
+                for fact_ids, follows, asked, first_person in part:
+                    self.bundles.append((range(len(facts), len(facts) + len(fact_ids)), follows,
+                                         range(len(sequences), len(sequences) + len(asked)), first_person))
+                    facts += fact_ids
+                    sequences += asked
+        self.asked = len(sequences)
+        sequences += [(ids, [], [], TEXT) for ids in ordinary_text(model, texts, tokens, seed)]
+        P, F_ = len(self.bundles), max(len(b[0]) for b in self.bundles)
+        Q = max(len(b[2]) for b in self.bundles)
+        fill = lambda rows, width: torch.tensor([list(r) + [-1] * (width - len(r)) for r in rows], device=device)
+        self.facts_of = fill([b[0] for b in self.bundles], F_)                                 # (P, F) or -1
+        self.follows = fill([[int(x) for x in b[1]] for b in self.bundles], F_) == 1
+        self.questions_of = fill([b[2] for b in self.bundles], Q)                              # (P, Q) or -1
+        self.first_person = torch.tensor([b[3] for b in self.bundles], device=device)
+        self.support = fill([s[2][:2] for s in sequences], 2)                                  # (all, 2) slots of the bundle or -1
+        self.kind = torch.tensor([s[3] for s in sequences], device=device)
+        self.prompt_length = torch.tensor([len(s[0]) for s in sequences], device=device)
+        # Sentences without <bos>, questions with it: the layers above attend to it.
+        self.facts = self.encode(model, facts, 1, progress)
+        self.nodes = self.node_features(model)
+        self.sequences = self.encode(model, [p + a for p, a, *_ in sequences], 0, progress)
+
+    @staticmethod
+    @torch.no_grad()
+    def encode(model, rows, skip, progress):
+        """Run token ids through the layers up to the injection; returns a TokenStore, the first `skip` tokens left out."""
+        device, config = model.gemma.device, model.gemma.config
+        lengths = torch.tensor([len(r) - skip for r in rows], device=device)
+        ids = torch.tensor([t for r in rows for t in r[skip:]], device=device)
+        store = TokenStore(ids, torch.empty(len(ids), config.hidden_size, dtype=model.gemma.dtype, device=device), lengths)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        size = 2048 if device.type == "cuda" else 128
+        for start in tqdm(range(0, len(order), size), desc="frozen layers", unit="batch", disable=not progress, leave=False):
+            batch = order[start:start + size]
+            T = len(rows[batch[-1]])
+            padded = torch.tensor([rows[i] + [PAD] * (T - len(rows[i])) for i in batch], device=device)
+            real = torch.arange(T, device=device) < torch.tensor([len(rows[i]) for i in batch], device=device)[:, None]
+            h = model.gemma.run_layers(model.gemma.embed(padded), Places(config, *padded.shape, real, None, device),
+                                       1, model.config.inject_after)
+            place = (store.starts[torch.tensor(batch, device=device)][:, None] - skip + torch.arange(T, device=device))
+            keep = real & (torch.arange(T, device=device) >= skip)
+            store.states[place[keep]] = h[keep]
+        return store
+
+    def node_features(self, model):
+        """(facts, D): GemmaWithMemory.node_features for all sentences at once."""
+        source = self.facts.states if model.config.node_features == "hidden" else F.embedding(self.facts.ids, model.gemma.embed_tokens.weight)
+        owner = torch.arange(len(self.facts.lengths), device=source.device).repeat_interleave(self.facts.lengths)
+        total = torch.zeros(len(self.facts.lengths), source.shape[1], device=source.device).index_add(0, owner, source.float())
+        return total / self.facts.lengths[:, None]
+
+    def set_statistics(self, model):
+        """Save in the memory what states and nodes look like on average (buffers, not trained)."""
+        injection = model.injection
+        some = self.facts.states[:: max(1, len(self.facts.states) // 100_000)].float()
+        injection.state_mean.copy_(some.mean(0)), injection.state_std.copy_(some.std(0) + 1e-6)
+        injection.gnn.mean.copy_(self.nodes.mean(0)), injection.gnn.std.copy_(self.nodes.std(0) + 1e-6)
+
+    def draw(self, G, R, N, unknown, text, generator):
+        """G memories of at most N sentences, R questions (R / G to each memory). Returns a dict of tensors.
+
+        Bundles are drawn until N is full; their sentences are shuffled into each other, but each bundle's own order stays,
+        and a sentence that must follow another does. A share of questions comes from bundles outside (`unknown`), another is
+        ordinary `text`; for both, and for unanswerable ones, the target is the null episode.
+        """
+        device, F_ = self.facts_of.device, self.facts_of.shape[1]
+        rand = lambda *shape: torch.rand(*shape, generator=generator, device=device, dtype=torch.float64)
+        pick = lambda n, *shape: (rand(*shape) * n).long()
+        per_bundle = (self.facts_of >= 0).sum(1)
+        picked = pick(len(self.facts_of), G, max(2, N))                                        # (G, B) bundles
+        size = per_bundle[picked]
+        limit = N - pick(N // 2 + 1, G, 1)                                                     # memories differ in size
+        size = size * ~(self.first_person[picked] & (self.first_person[picked].cumsum(1) > 1))  # one "I" a memory
+        kept = (size.cumsum(1) <= limit.clamp(min=F_)) & (size > 0)
+        kept[:, 0] = True
+        # Where each sentence stands: random moments, sorted within the bundle; one that follows comes right after.
+        moment = rand(*picked.shape, F_).sort(-1).values
+        for f in range(1, F_):
+            moment[..., f] = torch.where(self.follows[picked][..., f], moment[..., f - 1] + 1e-9, moment[..., f])
+        facts = self.facts_of[picked]
+        moment = moment.masked_fill((facts < 0) | ~kept[..., None], torch.inf).flatten(1)
+        order = moment.argsort(1)
+        place = order.argsort(1)                                                               # slot -> row of the memory
+        order = order[:, :N]
+        valid = moment.gather(1, order).isfinite()
+        episodes = facts.flatten(1).gather(1, order).clamp(min=0)
+
+        # Questions: of a bundle that is in the memory, or (unknown) of one that is not.
+        S = R // G
+        slot = torch.multinomial(kept.float(), S, replacement=True, generator=generator)       # (G, S)
+        outside = rand(G, S) < unknown
+        bundle = torch.where(outside, pick(len(self.facts_of), G, S), picked.gather(1, slot))
+        questions = self.questions_of[bundle]
+        which = (rand(G, S) * (questions >= 0).sum(-1)).long()
+        sequence = questions.gather(2, which[..., None])[..., 0]
+        if text and len(self.kind) > self.asked:
+            is_text = rand(G, S) < text
+            sequence = torch.where(is_text, self.asked + pick(len(self.kind) - self.asked, G, S), sequence)
+            outside = outside | is_text
+        support = self.support[sequence]                                                       # (G, S, 2) slots
+        known = (support >= 0) & ~outside[..., None]
+        rows = place.gather(1, (slot[..., None] * F_ + support.clamp(min=0)).flatten(1)).view(G, S, 2).clamp(max=valid.shape[1] - 1)
+        known &= valid.gather(1, rows.flatten(1)).view(G, S, 2)
+        return dict(episodes=episodes, valid=valid, sequence=sequence.flatten(), kind=self.kind[sequence].flatten(),
+                    support=rows.flatten(0, 1), known=known.flatten(0, 1))
+
+
+@torch.no_grad()
+def ordinary_text(model, n, length, seed):
+    """n pieces of text that the base itself writes, as token ids: what it finds ordinary, the memory should leave alone."""
+    rows = []
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, n, 256):
+        size = min(256, n - start)
+        ids = torch.full((size, 1), BOS, device=model.gemma.device)
+        ids = model.gemma.generate(ids, max_new_tokens=length - 1, temperature=1.0, top_p=0.98, stop=(), seed=seed + start)
+        cuts = torch.randint(4, length, (size,), generator=generator).tolist()
+        rows += [row[:cut] for row, cut in zip(ids.tolist(), cuts)]
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------ step
+
+def memories(model, pool, batch):
+    """The MemoryView of a drawn batch: keys with gradient, from the pool's node features."""
+    config, gnn = model.config, model.injection.gnn
+    valid = batch["valid"]
+    G, N = valid.shape
+    x = pool.nodes[batch["episodes"].flatten()]                                                # (G * N, D)
+    if config.graph:
+        with torch.no_grad():
+            own = gnn.own_keys(x).view(G, N, -1)
+            similar, cosine = most_similar_later(own, valid, config.similar_edges)
+        edges = time_and_similarity_edges(similar, cosine, valid, config.time_edges)
+    else:
+        edges = None, None
+    return MemoryView(gnn.keys(x, *edges).view(G, N, config.heads, -1), valid, batch["episodes"], pool.facts)
+
+
+def forward(model, pool, batch, T):
+    """One batch through graph, injection and the layers above. Returns what losses and scores are made of."""
+    gemma, injection = model.gemma, model.injection
+    sequence, device = batch["sequence"], gemma.device
+    R = len(sequence)
+    store, offset = pool.sequences, torch.arange(T, device=device)
+    length, prompt = store.lengths[sequence], pool.prompt_length[sequence]
+    place = (store.starts[sequence][:, None] + offset).clamp(max=len(store.ids) - 1)
+    real = offset < length[:, None]                                                            # (R, T)
+    ids, h = store.ids[place], store.states[place].masked_fill(~real[..., None], 0.0)
+    spoken = real & (offset > 0)                                                               # all but <bos>
+    question = spoken & (offset < prompt[:, None])
+    # In text every position is its own question about what stands before it, as in a bare forward pass.
+    x = injection.standardise(h) * spoken[..., None]
+    running = x.cumsum(1) / spoken.cumsum(1).clamp(min=1)[..., None]
+    is_text = batch["kind"] == TEXT
+    pool_state = torch.where(is_text[:, None, None], running, pooled(x, question)[:, None])
+    reading = injection.read(h, pool_state, prompt - 1, memories(model, pool, batch))
+    h = injection.inject(h, reading.context, ~spoken)
+    places = Places(gemma.config, R, T, real, None, device)
+    h = gemma.run_layers(h, places, model.config.inject_after + 1) if model.config.inject_after < len(gemma.layers) else h
+    answering = real[:, 1:] & (offset[1:] >= prompt[:, None]) & batch["known"].any(1)[:, None]  # (R, T - 1): next token is the answer's
+    where = answering.nonzero()                                                                # (answer tokens, 2)
+    logits = gemma.logits(h[where[:, 0], where[:, 1]])
+    return dict(logits=logits, targets=ids[where[:, 0], where[:, 1] + 1], row=where[:, 0], reading=reading,
+                spoken=spoken, question=question, is_text=is_text, answering=F.pad(answering, (0, 1)))
+
+
+def retrieval_loss(batch, out, hops):
+    """- log attention on what should be attended to, mean over heads: (at the last prompt position, at answer positions)."""
+    reading, known, support = out["reading"], batch["known"], batch["support"]
+    R = len(known)
+    two_hop = batch["kind"] == KINDS.index("two_hop")
+    at_prompt, at_answer = 0.0, 0.0
+    for hop in range(hops):
+        # A question of two hops needs the first fact first and the second last; all others need all their facts at every hop.
+        needed = known.clone()
+        if hops > 1:
+            needed[two_hop] = known[two_hop] & torch.tensor([hop == 0, hop == hops - 1], device=known.device)
+        else:
+            needed[two_hop] = known[two_hop] & torch.tensor([False, True], device=known.device)
+        asked = reading.asked[hop]                                                             # (R, H, N + 1)
+        target = torch.zeros(R, asked.shape[-1], dtype=torch.bool, device=known.device)
+        target.scatter_(1, support, needed[:, :1] & (support[:, :1] >= 0) if False else needed.new_zeros(R, 2))
+        for i in range(2):
+            rows = needed[:, i].nonzero()[:, 0]
+            target[rows, support[rows, i]] = True
+        target[:, -1] = ~needed.any(1)
+        at_prompt = at_prompt - asked.masked_fill(~target[:, None], -torch.inf).logsumexp(-1).mean(1)      # (R,)
+        weights, best = reading.weights[hop], reading.chosen[hop]                              # (R, T, H, k + 1), (R, k)
+        among = torch.cat((target[:, :-1].gather(1, best), target[:, -1:]), 1)                 # (R, k + 1)
+        mass = weights.masked_fill(~among[:, None, None], -1e4).logsumexp(-1).mean(-1)         # (R, T)
+        care = torch.where(out["is_text"][:, None], out["spoken"], out["answering"]) & among.any(1)[:, None]
+        at_answer = at_answer - (mass * care).sum(1) / care.sum(1).clamp(min=1)
+    return (at_prompt / hops).mean(), (at_answer / hops).mean()
+
+
+@torch.no_grad()
+def scores(batch, out):
+    """Per row: whether the whole answer is right (greedy decoding would give it), whether the right episode came first,
+    and the null weight."""
+    right = torch.ones(len(batch["known"]), dtype=torch.long, device=out["row"].device)
+    right.scatter_reduce_(0, out["row"], (out["logits"].argmax(-1) == out["targets"]).long(), "amin")
+    weights = out["reading"].asked[-1].exp().mean(1)                                           # (R, N + 1)
+    first = weights[:, :-1].argmax(1)
+    last = batch["known"].long().sum(1) - 1                                                    # the fact with the answer is listed last
+    either = (first[:, None] == batch["support"]) & batch["known"]
+    is_list = batch["kind"] == KINDS.index("list")
+    found = torch.where(is_list, either.any(1), either.gather(1, last.clamp(min=0)[:, None])[:, 0])
+    return right.bool(), found, weights[:, -1]
+
+
+@torch.no_grad()
+def evaluate(model, pool, settings, sizes=(16, 64), questions=512, seed=1):
+    """Held-out exact match, right episode first, and null weights, as a dict per memory size and kind."""
+    model.eval()
+    result = {}
+    for N in sizes:
+        generator = torch.Generator(model.gemma.device).manual_seed(seed)
+        right, found, null, kind, known = [], [], [], [], []
+        R = min(settings.batch, 128)
+        for _ in range(max(1, questions // R)):
+            batch = pool.draw(max(1, R // 8), R, N, 0.1, 0.0, generator)
+            with autocast(model):
+                out = forward(model, pool, batch, settings.tokens)
+            for values, value in zip((right, found, null), scores(batch, out)):
+                values.append(value)
+            kind.append(batch["kind"]), known.append(batch["known"].any(1))
+        right, found, null, kind, known = map(torch.cat, (right, found, null, kind, known))
+        mean = lambda x: round(x.float().mean().item(), 4) if len(x) else None
+        result[N] = dict(recall=mean(right[known]), first=mean(found[known]), refused=mean(null[~known] > 0.5),
+                         refused_wrongly=mean(null[known] > 0.5),
+                         **{name: mean(right[known & (kind == i)]) for i, name in enumerate(KINDS[:-1])})
+    return result
+
+
+def autocast(model):
+    device = model.gemma.device.type
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+# ------------------------------------------------------------------------------------------------------------ loop
+
+def schedule(settings, step):
+    """(learning rate, N): warm-up and cosine; memories grow from 8 facts to settings.facts by doubling."""
+    warm = min(1.0, (step + 1) / max(1, settings.warmup))
+    rate = settings.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
+    stages = max(1, int(math.log2(max(8, settings.facts) / 8)) + 1)
+    # small memories are quick to learn from: the first stages are short
+    stage = min(stages - 1, int(stages * (step / settings.steps) ** 0.5 * 1.1))
+    return rate, min(settings.facts, 8 * 2 ** stage)
+
+
+def groups(R, N):
+    """G, the number of memories a batch of R questions is divided among: fewer of large ones."""
+    G = max(2, min(R // 8, 8192 // N))
+    while R % G:
+        G -= 1
+    return G
+
+
+def save_checkpoint(folder, model, optimizer, step, best):
+    """Everything that --resume needs, in one file that is replaced whole."""
+    tensors = {f"model.{n}": t.detach().cpu().contiguous().clone() for n, t in model.injection.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors.update({f"optimizer.{i}.{n}": t.detach().cpu().contiguous().clone() for n, t in state.items()})
+    with replacing(folder / "checkpoint.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"step": str(step), "best": json.dumps(best)})
+
+
+def load_checkpoint(folder, model, optimizer):
+    file = folder / "checkpoint.safetensors"
+    if not file.is_file():
+        raise InputError(f"{file}: expected a checkpoint to resume from, but there is none; train without --resume first.")
+    with safe_open(file, framework="pt") as tensors:
+        every = {name: tensors.get_tensor(name) for name in tensors.keys()}
+        meta = tensors.metadata()
+    model.injection.load_state_dict({n[6:]: t for n, t in every.items() if n.startswith("model.")})
+    state = optimizer.state_dict()
+    for name, tensor in every.items():
+        if name.startswith("optimizer."):
+            _, i, key = name.split(".")
+            state["state"].setdefault(int(i), {})[key] = tensor
+    optimizer.load_state_dict(state)
+    return int(meta["step"]), json.loads(meta["best"])
+
+
+def train(settings, memory_config=None, model=None, pools=None, log=None):
+    """Train and save a memory. Returns (model, last evaluation). pools: (training, held-out), to share among runs."""
+    device = check_device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.manual_seed(settings.seed)
+    torch.set_float32_matmul_precision("high")
+    model = model or GemmaWithMemory.from_pretrained(base=settings.model, device=device)
+    if memory_config is not None:
+        model = GemmaWithMemory(model.gemma, model.tokenizer, memory_config, model.base_name)
+    folder = Path(settings.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    pool, held_out = pools or (Pool(model, "train", settings.bundles, settings.tokens, settings.seed, settings.open_words,
+                                    texts=min(4096, settings.bundles // 8), workers=settings.workers),
+                               Pool(model, "validation", max(200, settings.bundles // 20), settings.tokens, settings.seed + 1))
+    pool.set_statistics(model)
+    parameters = model.trainable_parameters()
+    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1]},
+                                   {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}],
+                                  lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay,
+                                  fused=device.type == "cuda")
+    start, best = load_checkpoint(folder, model, optimizer) if settings.resume else (0, None)
+    if settings.compile:
+        for layer in model.gemma.layers[model.config.inject_after:]:
+            layer.compile()
+    ready = time.time()
+    seen, last, lines = 0, {}, [] if not settings.resume else [
+        line for line in (folder / "log.jsonl").read_text().splitlines() if json.loads(line)["step"] <= start]
+    bar = tqdm(range(start, settings.steps), desc="training", unit="step", initial=start, total=settings.steps)
+    for step in bar:
+        rate, N = schedule(settings, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        model.train()
+        for part in range(settings.accumulate):
+            # Every draw is a function of seed and step: a resumed run sees what the unbroken one would have.
+            generator = torch.Generator(device).manual_seed((settings.seed * 1_000_003 + step) * 64 + part)
+            batch = pool.draw(groups(settings.batch, N), settings.batch, N, settings.unknown, settings.text, generator)
+            with autocast(model):
+                out = forward(model, pool, batch, settings.tokens)
+                answer_loss = F.cross_entropy(out["logits"].float(), out["targets"])
+                at_prompt, at_answer = retrieval_loss(batch, out, model.config.hops)
+                loss = answer_loss + settings.retrieval * (at_prompt + at_answer)
+            (loss / settings.accumulate).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen += settings.batch * settings.accumulate
+        if step % 20 == 0 or step + 1 == settings.steps:
+            values = dict(step=step + 1, facts=N, loss=round(loss.item(), 4), answer_loss=round(answer_loss.item(), 4),
+                          retrieval_loss=round(at_prompt.item(), 4), seconds=round(time.time() - ready, 1),
+                          examples_per_second=round(seen / (time.time() - ready)))
+            if (step + 1) % settings.eval_every == 0 or step % settings.eval_every == 0 and step or step + 1 == settings.steps:
+                last = evaluate(model, held_out, settings)
+                values["held_out"] = last
+                score = last[16]["recall"] + last[64]["recall"]
+                if best is None or score >= best:
+                    best = score
+                    model.trained = dict(asdict(settings), step=step + 1, held_out=last)
+                    model.save_pretrained(folder)
+                save_checkpoint(folder, model, optimizer, step + 1, best)
+            lines.append(json.dumps(values))
+            with replacing(folder / "log.jsonl") as temporary:
+                temporary.write_text("\n".join(lines) + "\n")
+            shown = {f"recall@{n}": f"{r['recall']:.0%}" for n, r in last.items()}
+            bar.set_postfix(N=N, loss=f"{loss.item():.3f}", **shown, first=f"{last[64]['first']:.0%}" if last else "")
+    model.eval()
+    print(f"trained {settings.steps} steps, {seen:,} examples in {time.time() - ready:.0f} s (and {ready - started:.0f} s "
+          f"for the pool) on {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}; saved in {folder}", file=sys.stderr)
+    return model, last
+
+
+def options(parser, config_class):
+    """One command-line option for each field of a dataclass of settings."""
+    for f in fields(config_class):
+        name, text = "--" + f.name.replace("_", "-"), f.metadata.get("help", "see MemoryConfig")
+        if isinstance(f.default, bool):
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
+        else:
+            parser.add_argument(name, type=type(f.default), default=f.default, help=f"{text} (default: {f.default or 'automatic'})")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Train a memory on a frozen Gemma.",
+                                     epilog="example: python train.py --model gemma-3-270m --steps 4000 --batch 512 --out out/270m",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    options(parser.add_argument_group("training"), TrainConfig)
+    options(parser.add_argument_group("memory"), MemoryConfig)
+    values = vars(parser.parse_args(arguments))
+    settings = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
+    config = MemoryConfig.from_dict({f.name: values[f.name] for f in fields(MemoryConfig)}, "command line")
+    _, result = train(settings, config)
+    for N, r in result.items():
+        print(f"{N:4d} facts: exact match {r['recall']:.1%}, right episode first {r['first']:.1%}, "
+              f"refused {r['refused']:.1%} of the unanswerable and {r['refused_wrongly']:.1%} of the answerable")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
