@@ -60,7 +60,7 @@ PRONOUNS = {"female": ("She", "she", "Her", "her", "her"), "male": ("He", "he", 
             "it": ("It", "it", "Its", "its", "it")}
 QUOTABLE = re.compile(r"(^| )\{v\}($|[ .,;:!?])")
 JOINABLE = re.compile(r"[^.!?:;\"]*\.")     # one plain sentence: ", and she …" may follow
-STAYS_CAPITAL = re.compile(r"(I|(Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)days?|January|June|December)\b|[A-Z][A-Z]")
+STAYS_CAPITAL = re.compile(r"(I|(Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)days?|January|June|December)\b|[A-Z][A-Z/]")
 
 
 @dataclass
@@ -104,15 +104,16 @@ def split_of(text):
 
 def open_vocabulary(tokenizer):
     """The plain words of a `gemma.Tokenizer`: 3 to 12 Latin letters, in pieces that follow a space. Sorted list of str."""
+    word = re.compile("\u2581[A-Za-z\u00c0-\u024f]{3,12}")
     pieces = map(tokenizer.pieces.id_to_piece, range(tokenizer.vocab_size))
-    return sorted({piece[1:] for piece in pieces if re.fullmatch("\u2581[A-Za-z\u00c0-\u024f]{3,12}", piece) and piece[1:].isalpha()})
+    return sorted({piece[1:] for piece in pieces if word.fullmatch(piece) and piece[1:].isalpha()})
 
 
 def of_split(lists, split):
-    """What `split` uses of {"train": [...], "test": [...]}: validation is every tenth item of train."""
+    """What `split` uses of {"train": [...], "test": [...]}: validation is a tenth of train, by a hash."""
     if split == "test":
         return lists["test"]
-    return [item for i, item in enumerate(lists["train"]) if (i % 10 == 0) == (split == "validation")]
+    return [item for item in lists["train"] if (zlib.crc32(item.lower().encode()) % 10 == 0) == (split == "validation")]
 
 
 def start_small(template):
@@ -151,7 +152,8 @@ class World:
     def __init__(self, split="train", seed=0, words=(), phrasings=None):
         phrasings = phrasings or ("test" if split == "test" else "train")
         if split not in SPLITS or phrasings not in ("train", "test"):
-            raise InputError(f"expected a split of {', '.join(SPLITS)} and phrasings train or test, got {split!r} and {phrasings!r}.")
+            raise InputError(f"expected a split of {', '.join(SPLITS)} and phrasings train or test, "
+                             f"got {split!r} and {phrasings!r}.")
         data = read_json(HERE / "data_gen.json")
         self.split, self.random, self.trained = split, Random(seed).random, split == phrasings == "train"
         self.read_lists(data, words)
@@ -163,7 +165,8 @@ class World:
         """Fill `self.choices`: for each list or pattern, what it may become, each a str or a tuple of parts (see `draw`)."""
         def listed(split):
             groups = (*names.values(), *data["things"].values(), *data["values"].values())
-            return {word for group in groups for item in of_split(group, split) for word in re.findall(r"[^\W\d_]+", item.lower())}
+            items = " ".join(item.lower() for group in groups for item in of_split(group, split))
+            return set(re.findall(r"[^\W\d_]+", items))
 
         split, names = self.split, data["names"]
         self.foreign = set().union(*(listed(other) for other in SPLITS if other != split))    # words of the other splits' lists
@@ -369,7 +372,8 @@ class World:
                 chunk = [[self.say(template, subject, other).replace("{u}", value)]]
                 questions += self.ask(second, subject, other, chunk, "lookup")
             elif way == "mentioned":
-                chunk = [[self.say(self.pick(self.prose["mentions" if subject.type in ("person", "pet") else "mentions_thing"]), subject)]]
+                mentions = self.prose["mentions" if subject.type in ("person", "pet") else "mentions_thing"]
+                chunk = [[self.say(self.pick(mentions), subject)]]
             else:
                 wrapped = way != "continued" and self.random() < WRAPPED
                 chunk = [self.state(attribute, subject, value, self.prose["wrap"] if wrapped else ())]
@@ -488,7 +492,8 @@ class World:
         place = {id(sentence): i for i, sentence in enumerate(sentences)}
         for question in questions:
             question.support = [place[id(sentence)] for sentence in question.support]
-        return Bundle([text for text, in sentences], [i > 0 for chunk in chunks for i in range(len(chunk))], questions, frozenset(keys))
+        follows = [i > 0 for chunk in chunks for i in range(len(chunk))]
+        return Bundle([text for text, in sentences], follows, questions, frozenset(keys))
 
     def weave(self, *stories):
         """Lists of chunks as one: each keeps its order, and every interleaving is as likely as any other."""
@@ -582,7 +587,7 @@ def main(arguments=None):
     parser.add_argument("--n", type=int, required=True, help="how many examples")
     parser.add_argument("--out", type=Path, required=True, help="the JSONL file to write")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same examples (default: 0)")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="whose names, things, values and templates (default: train)")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="whose names, values and templates (default: train)")
     parser.add_argument("--facts", type=sizes, default="4:32", metavar="LOW:HIGH", help="sentences in a memory (default: 4:32)")
     parser.add_argument("--kind", choices=KINDS, help="only questions of this kind (default: all)")
     parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer, for its words (default: tiny beside this file; "

@@ -176,11 +176,13 @@ class EpisodicMemoryGNN(nn.Module):
         query (G, S, H, C), keys (G, N, H, C), valid (G, N) bool, count (G,) episodes stored -> (G, S, H, N + 1), null last.
         """
         query = F.normalize(query.float(), dim=-1) if self.cosine_keys else query.float()
-        scores = torch.einsum("gshc,gnhc->gshn", query, keys.to(query.dtype))
-        scores = scores.masked_fill(~valid[:, None, None], -torch.inf)
+        with torch.autocast(query.device.type, enabled=False):   # bf16 can't tell a cosine of 0.998 from 0.995
+            scores = torch.einsum("gshc,gnhc->gshn", query, keys.float())
         null_key = F.normalize(self.null_key, dim=-1) if self.cosine_keys else self.null_key
         null = torch.einsum("gshc,hc->gsh", query, null_key)[..., None]
-        return (torch.cat((scores, null), -1) * self.scale(count)[:, None, :, None]).log_softmax(-1)
+        scores = torch.cat((scores, null), -1) * self.scale(count)[:, None, :, None]
+        # Masked after scaling: -inf times the temperature would make the temperature's gradient 0 * inf.
+        return scores.masked_fill(~F.pad(valid, (0, 1), value=True)[:, None, None], -torch.inf).log_softmax(-1)
 
 
 def most_similar_later(own, valid, S, floor=0.5):

@@ -43,7 +43,7 @@ class MemoryConfig:
     key_dim: int = 128               # C of episode keys
     token_key_dim: int = 64          # C of token keys
     gat_dim: int = 64                # C of the graph attention
-    candidates: int = 16             # k: episodes whose tokens a question may read
+    candidates: int = 8              # k: episodes whose tokens a question may read
     hops: int = 2                    # 2: what the first reading found is added to the query, which then asks again
     node_features: str = "hidden"    # "hidden": mean state after inject_after; "embedding": mean embedding (the plan's)
     query: str = "token"             # "token": every position asks for itself; "pooled": one question for all (the plan's)
@@ -79,22 +79,21 @@ class MemoryConfig:
 # ------------------------------------------------------------------------------------------------------- the store
 
 class TokenStore:
-    """Tokens of many episodes, end to end, without padding: ids (all,), states (all, D), and where each episode lies.
+    """Tokens of many episodes, end to end, without padding: ids (all,), keys (all, H * C), and where each episode lies.
 
     The <bos> that every episode was encoded with is left out: its state is an outlier that would drown the others.
     """
 
-    def __init__(self, ids, states, lengths):
-        self.ids, self.states, self.lengths = ids, states, lengths
+    def __init__(self, ids, keys, lengths):
+        self.ids, self.keys, self.lengths = ids, keys, lengths
         self.starts = lengths.cumsum(0) - lengths
         self.longest = int(lengths.max()) if len(lengths) else 0
 
-    def fetch(self, episodes):
-        """episodes (R, k) -> ids (R, k, M), states (R, k, M, D), states of the tokens before (the same), real (R, k, M)."""
+    def places(self, episodes):
+        """episodes (R, k) -> where their tokens are (R, k, M), and which of them are real (R, k, M)."""
         offset = torch.arange(self.longest, device=episodes.device)
-        real = offset < self.lengths[episodes][..., None]
         place = (self.starts[episodes][..., None] + offset).clamp(max=len(self.ids) - 1)
-        return self.ids[place], self.states[place], self.states[(place - 1).clamp(min=0)], real
+        return place, offset < self.lengths[episodes][..., None]
 
 
 @dataclass
@@ -122,7 +121,7 @@ class EpisodeGraph:
     def clear(self, hidden_size):
         long = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=self.device)
         self.ids, self.texts = [], []
-        self.tokens = TokenStore(long(0), torch.zeros(0, hidden_size, device=self.device), long(0))
+        self.tokens = TokenStore(long(0), torch.zeros(0, self.config.heads * self.config.token_key_dim, device=self.device), long(0))
         self.nodes = torch.zeros(0, hidden_size, device=self.device)                       # (N, D)
         self.own = torch.zeros(0, self.config.heads * self.config.key_dim, device=self.device)
         self.similar = long(0, self.config.similar_edges)                                  # (N, S) rows, -1 for none
@@ -132,7 +131,7 @@ class EpisodeGraph:
     def __len__(self):
         return len(self.ids)
 
-    def add(self, texts, token_ids, states, nodes, gnn):
+    def add(self, texts, token_ids, states, nodes, injection):
         """Append episodes. token_ids: list of (M,); states: list of (M, D); nodes (n, D). Returns their ids."""
         new_ids = list(range(self.next_id, self.next_id + len(texts)))
         self.next_id += len(texts)
@@ -140,7 +139,7 @@ class EpisodeGraph:
         self.texts += texts
         lengths = torch.tensor([len(t) for t in token_ids], device=self.device)
         self.tokens = TokenStore(torch.cat((self.tokens.ids, *token_ids)),
-                                 torch.cat((self.tokens.states.to(states[0].dtype), *states)),
+                                 torch.cat((self.tokens.keys, injection.token_keys(torch.cat(states), lengths))),
                                  torch.cat((self.tokens.lengths, lengths)))
         self.nodes = torch.cat((self.nodes, nodes))
         self._relate(gnn)
@@ -182,7 +181,7 @@ class EpisodeGraph:
         keep = torch.arange(len(self.ids), device=self.device) != row
         start, length = int(self.tokens.starts[row]), int(self.tokens.lengths[row])
         cut = lambda flat: torch.cat((flat[:start], flat[start + length:]))
-        self.tokens = TokenStore(cut(self.tokens.ids), cut(self.tokens.states), self.tokens.lengths[keep])
+        self.tokens = TokenStore(cut(self.tokens.ids), cut(self.tokens.keys), self.tokens.lengths[keep])
         del self.ids[row], self.texts[row]
         orphans = (self.similar == row).any(1)[keep].nonzero()[:, 0]       # they listened to it: let them look again
         self.nodes, self.own, self.similar, self.cosine = (t[keep] for t in (self.nodes, self.own, self.similar, self.cosine))
@@ -236,8 +235,6 @@ class MemoryInjectionLayer(nn.Module, Injection):
         if config.read == "token":
             self.token_query_own = nn.ModuleList(linear(config.token_key_dim) for _ in range(config.hops))
             self.token_query_pool = nn.ModuleList(linear(config.token_key_dim) for _ in range(config.hops))
-            # A token's key also says what stands before it: "the token after the one I just said" is then one lookup,
-            # as in an induction head (https://arxiv.org/abs/2209.11895).
             self.token_key_own, self.token_key_before = linear(config.token_key_dim), linear(config.token_key_dim)
             self.log_token_temperature = nn.Parameter(torch.full((H,), 5.0).log())
         start = torch.eye(D) * config.value_scale if config.identity_values else torch.randn(D, D) * config.value_scale / D ** 0.5
@@ -275,10 +272,10 @@ class MemoryInjectionLayer(nn.Module, Injection):
                 over_all = self.gnn.log_weights(at, view.keys, view.valid, count).view(R, config.heads, N + 1)
                 best = over_all[..., :-1].exp().mean(1).topk(min(config.candidates, N), dim=-1).indices     # (R, k)
                 keys, valid = view.keys[graph[:, None], best], view.valid[graph[:, None], best]
-                kept = (over_all, best, keys, valid, self.token_side(view.tokens, view.episodes[graph[:, None], best]))
+                kept = (over_all, best, keys, valid, *self.token_side(view.tokens, view.episodes[graph[:, None], best]))
                 if memo is not None:
                     memo[hop] = kept
-            over_all, best, keys, valid, (ids, token_x, token_keys, real) = kept
+            over_all, best, keys, valid, values, token_keys, real = kept
             # 2. Every position weighs the candidates, and null, for itself.
             over_best = self.gnn.log_weights(self.heads(query), keys, valid, count[graph])     # (R, T, H, k + 1)
             # 3. Which tokens inside them?
@@ -287,23 +284,30 @@ class MemoryInjectionLayer(nn.Module, Injection):
             asked.append(over_all), chosen.append(best), weights.append(over_best)
             if hop + 1 < config.hops:
                 # What was found asks on: "Maria's brother is Tom" turns a question about Maria into one about Tom.
-                found = torch.einsum("rtn,rnd->rtd", mass.mean(2).flatten(2), token_x.flatten(1, 2).to(mass.dtype))
-                query = query + self.hop_query[hop](found)
-        values = F.embedding(ids.flatten(1), self.table[0])                                                # (R, k * M, D)
-        values = F.rms_norm(values.float(), (D,)).to(mass.dtype)
-        context = torch.einsum("rthn,rnd->rthd", mass.flatten(3), values)
+                query = query + self.hop_query[hop](torch.einsum("rtn,rnd->rtd", mass.mean(2).flatten(2), values.to(mass.dtype)))
+        context = torch.einsum("rthn,rnd->rthd", mass.flatten(3), values.to(mass.dtype))
         return Reading(context, asked, chosen, weights, inside)
 
     def token_side(self, tokens, episodes):
-        """Of the candidates (R, k): token ids, standardised states, keys (R, k, M, H, C), and which are real."""
-        ids, states, before, real = tokens.fetch(episodes)
-        x = self.standardise(states)
+        """Of the candidates (R, k): token values (R, k * M, D), token keys (R, k, M, H, C), and which are real (R, k, M).
+
+        The value of a token is its row of the embedding table, at the size that RMSNorm gives it.
+        """
+        place, real = tokens.places(episodes)
+        values = F.embedding(tokens.ids[place].flatten(1), self.table[0])
+        return F.rms_norm(values, values.shape[-1:]), self.heads(tokens.keys[place]), real
+
+    def token_keys(self, states, lengths):
+        """Keys of the tokens of episodes that lie end to end: states (all, D), lengths (episodes,) -> (all, H * C).
+
+        A token's key also says what stands before it: "the token after the one I just said" is then one lookup, as in
+        an induction head (https://arxiv.org/abs/2209.11895).
+        """
         if self.config.read == "episode":
-            return ids, x, None, real
-        first = torch.arange(ids.shape[-1], device=ids.device)[:, None] == 0
-        before = self.standardise(before).masked_fill(first, 0.0)          # nothing stands before the first token
-        keys = self.heads(self.token_key_own(x) + self.token_key_before(before))
-        return ids, x, F.normalize(keys, dim=-1), real
+            return states.new_zeros(len(states), self.config.heads * self.config.token_key_dim)
+        x = self.standardise(states)
+        before = self.token_key_before(x).roll(1, 0).index_fill(0, lengths.cumsum(0) - lengths, 0.0)   # nothing before the first
+        return F.normalize(self.heads(self.token_key_own(x) + before), dim=-1).flatten(1)
 
     def weigh_tokens(self, hop, x, pool, keys, real):
         """Attention over the tokens of each candidate: (R, T, H, k, M). With read="episode" all tokens weigh the same."""
@@ -313,7 +317,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         query = self.token_query_pool[hop](pool)
         query = query + self.token_query_own[hop](x) if self.config.query == "token" else query.expand(*x.shape[:2], -1)
         query = F.normalize(self.heads(query), dim=-1) * self.log_token_temperature.exp()[:, None]
-        scores = torch.einsum("rthc,rkmhc->rthkm", query, keys)
+        scores = torch.einsum("rthc,rkmhc->rthkm", query, keys.to(query.dtype))
         return scores.masked_fill(~real[:, None, None], -1e4).softmax(-1)
 
     def inject(self, h, context, silent):
@@ -461,7 +465,7 @@ class GemmaWithMemory(nn.Module):
         if not texts:
             return []
         nodes = torch.stack([self.node_features(i, s) for i, s in zip(ids, states)])
-        new = self.memory_graph.add(texts, ids, states, nodes, self.injection.gnn)
+        new = self.memory_graph.add(texts, ids, states, nodes, self.injection)
         return new[0] if isinstance(text, str) else new
 
     def forget(self, episode_id):

@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import sys
 import time
+import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -71,7 +72,7 @@ LONGEST_FACT = 64                       # tokens; longer sentences are left out 
 
 
 def draw_part(task):
-    """Some bundles as token ids: list of (facts, follows, [(prompt, answer, support, kind)], is first person)."""
+    """Some bundles as token ids: list of (facts, follows, [(prompt, answer, support, kind)], hashes of two subjects)."""
     path, chat, split, phrasings, open_words, tokens, seed, n = task
     tokenizer = Tokenizer(path)
     newline = tokenizer.encode("\n", bos=False)
@@ -85,7 +86,8 @@ def draw_part(task):
             if len(prompt) + len(answer) <= tokens:
                 asked.append((prompt, answer, q.support, KINDS.index(q.kind)))
         if asked and max(map(len, facts)) <= LONGEST_FACT:
-            part.append((facts, bundle.follows, asked, "I" in bundle.subjects))
+            subjects = [zlib.crc32(s.encode()) for s in sorted(bundle.subjects)] or [zlib.crc32(bundle.facts[0].encode())]
+            part.append((facts, bundle.follows, asked, (subjects[0], subjects[-1])))
     return part
 
 
@@ -101,9 +103,9 @@ class Pool:
         with multiprocessing.get_context("spawn").Pool(workers) if workers else nullcontext() as processes:
             drawn = processes.imap(draw_part, tasks) if workers else map(draw_part, tasks)
             for part in tqdm(drawn, desc=f"drawing {split} sentences", unit="part", total=parts, disable=not progress, leave=False):
-                for fact_ids, follows, asked, first_person in part:
+                for fact_ids, follows, asked, subjects in part:
                     self.bundles.append((range(len(facts), len(facts) + len(fact_ids)), follows,
-                                         range(len(sequences), len(sequences) + len(asked)), first_person))
+                                         range(len(sequences), len(sequences) + len(asked)), subjects))
                     facts += fact_ids
                     sequences += asked
         self.asked = len(sequences)
@@ -114,7 +116,7 @@ class Pool:
         self.facts_of = fill([b[0] for b in self.bundles], F_)                                 # (P, F) or -1
         self.follows = fill([[int(x) for x in b[1]] for b in self.bundles], F_) == 1
         self.questions_of = fill([b[2] for b in self.bundles], Q)                              # (P, Q) or -1
-        self.first_person = torch.tensor([b[3] for b in self.bundles], device=device)
+        self.subjects = torch.tensor([b[3] for b in self.bundles], device=device)              # (P, 2) hashes
         self.support = fill([s[2][:2] for s in sequences], 2)                                  # (all, 2) slots of the bundle or -1
         self.kind = torch.tensor([s[3] for s in sequences], device=device)
         self.prompt_length = torch.tensor([len(s[0]) for s in sequences], device=device)
@@ -126,7 +128,8 @@ class Pool:
     @staticmethod
     @torch.no_grad()
     def encode(model, rows, skip, progress):
-        """Run token ids through the layers up to the injection; returns a TokenStore, the first `skip` tokens left out."""
+        """Run token ids through the layers up to the injection. Returns a TokenStore, the first `skip` tokens left out, with
+        the states (all, D) in the place of keys."""
         device, config = model.gemma.device, model.gemma.config
         lengths = torch.tensor([len(r) - skip for r in rows], device=device)
         ids = torch.tensor([t for r in rows for t in r[skip:]], device=device)
@@ -142,12 +145,12 @@ class Pool:
                                        1, model.config.inject_after)
             place = (store.starts[torch.tensor(batch, device=device)][:, None] - skip + torch.arange(T, device=device))
             keep = real & (torch.arange(T, device=device) >= skip)
-            store.states[place[keep]] = h[keep]
+            store.keys[place[keep]] = h[keep]
         return store
 
     def node_features(self, model):
         """(facts, D): GemmaWithMemory.node_features for all sentences at once."""
-        source = self.facts.states if model.config.node_features == "hidden" else F.embedding(self.facts.ids, model.gemma.embed_tokens.weight)
+        source = self.facts.keys if model.config.node_features == "hidden" else F.embedding(self.facts.ids, model.gemma.embed_tokens.weight)
         owner = torch.arange(len(self.facts.lengths), device=source.device).repeat_interleave(self.facts.lengths)
         total = torch.zeros(len(self.facts.lengths), source.shape[1], device=source.device).index_add(0, owner, source.float())
         return total / self.facts.lengths[:, None]
@@ -155,7 +158,7 @@ class Pool:
     def set_statistics(self, model):
         """Save in the memory what states and nodes look like on average (buffers, not trained)."""
         injection = model.injection
-        some = self.facts.states[:: max(1, len(self.facts.states) // 100_000)].float()
+        some = self.facts.keys[:: max(1, len(self.facts.keys) // 100_000)].float()
         injection.state_mean.copy_(some.mean(0)), injection.state_std.copy_(some.std(0) + 1e-6)
         injection.gnn.mean.copy_(self.nodes.mean(0)), injection.gnn.std.copy_(self.nodes.std(0) + 1e-6)
 
@@ -170,10 +173,12 @@ class Pool:
         rand = lambda *shape: torch.rand(*shape, generator=generator, device=device, dtype=torch.float64)
         pick = lambda n, *shape: (rand(*shape) * n).long()
         per_bundle = (self.facts_of >= 0).sum(1)
-        picked = pick(len(self.facts_of), G, max(2, N))                                        # (G, B) bundles
+        picked = pick(len(self.facts_of), G, N // 2 + 2)                                       # (G, B) bundles
         size = per_bundle[picked]
         limit = N - pick(N // 2 + 1, G, 1)                                                     # memories differ in size
-        size = size * ~(self.first_person[picked] & (self.first_person[picked].cumsum(1) > 1))  # one "I" a memory
+        who = self.subjects[picked]                                                            # (G, B, 2)
+        same = (who[:, :, None, :, None] == who[:, None, :, None, :]).any(-1).any(-1)          # (G, B, B): about the same person
+        size = size * ~same.tril(-1).any(2)                                                    # a person is told about once
         kept = (size.cumsum(1) <= limit.clamp(min=F_)) & (size > 0)
         kept[:, 0] = True
         # Where each sentence stands: random moments, sorted within the bundle; one that follows comes right after.
@@ -237,7 +242,13 @@ def memories(model, pool, batch):
         edges = time_and_similarity_edges(similar, cosine, valid, config.time_edges)
     else:
         edges = None, None
-    return MemoryView(gnn.keys(x, *edges).view(G, N, config.heads, -1), valid, batch["episodes"], pool.facts)
+    # The tokens of these episodes alone, end to end: their keys are worked out once, however many questions read them.
+    facts = batch["episodes"].flatten()
+    lengths = pool.facts.lengths[facts]
+    owner = torch.arange(G * N, device=x.device).repeat_interleave(lengths)
+    place = pool.facts.starts[facts][owner] + torch.arange(len(owner), device=x.device) - (lengths.cumsum(0) - lengths)[owner]
+    tokens = TokenStore(pool.facts.ids[place], model.injection.token_keys(pool.facts.keys[place], lengths), lengths)
+    return MemoryView(gnn.keys(x, *edges).view(G, N, config.heads, -1), valid, torch.arange(G * N, device=x.device).view(G, N), tokens)
 
 
 def forward(model, pool, batch, T):
@@ -249,7 +260,7 @@ def forward(model, pool, batch, T):
     length, prompt = store.lengths[sequence], pool.prompt_length[sequence]
     place = (store.starts[sequence][:, None] + offset).clamp(max=len(store.ids) - 1)
     real = offset < length[:, None]                                                            # (R, T)
-    ids, h = store.ids[place], store.states[place].masked_fill(~real[..., None], 0.0)
+    ids, h = store.ids[place], store.keys[place].masked_fill(~real[..., None], 0.0)
     spoken = real & (offset > 0)                                                               # all but <bos>
     question = spoken & (offset < prompt[:, None])
     # In text every position is its own question about what stands before it, as in a bare forward pass.
@@ -412,7 +423,7 @@ def train(settings, memory_config=None, model=None, pools=None, log=None):
         for layer in model.gemma.layers[model.config.inject_after:]:
             layer.compile()
     ready = time.time()
-    seen, last, lines = 0, {}, [] if not settings.resume else [
+    broken, seen, last, lines = 0, 0, {}, [] if not settings.resume else [
         line for line in (folder / "log.jsonl").read_text().splitlines() if json.loads(line)["step"] <= start]
     bar = tqdm(range(start, settings.steps), desc="training", unit="step", initial=start, total=settings.steps)
     for step in bar:
@@ -430,8 +441,13 @@ def train(settings, memory_config=None, model=None, pools=None, log=None):
                 at_prompt, at_answer = retrieval_loss(batch, out, model.config.hops)
                 loss = answer_loss + settings.retrieval * (at_prompt + at_answer)
             (loss / settings.accumulate).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        broken = 0 if norm.isfinite() else broken + 1
+        if broken == 5:
+            raise InputError(f"step {step + 1}: the gradient was not finite 5 times in a row; the last checkpoint in {folder} "
+                             "is good: lower --lr and --resume.")
+        if not broken:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen += settings.batch * settings.accumulate
         if step % 20 == 0 or step + 1 == settings.steps:

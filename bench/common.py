@@ -57,7 +57,7 @@ def wilson(right, n, z=1.959964):
     p = right / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return 0.0 if right == 0 else middle - half, 1.0 if right == n else middle + half
 
 
 def share(right, n):

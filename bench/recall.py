@@ -29,7 +29,7 @@ from tqdm import tqdm
 from bench.common import Parser, commit, hardware, percent, plotting, run, save_figure, share, table
 from data_gen import FEWEST_FACTS, World, open_vocabulary
 from gemma import PAD, InputError, KVCache, check_device, read_json, write_json
-from memory import SHIPPED, GemmaWithMemory
+from memory import SHIPPED, GemmaWithMemory, MemoryView, TokenStore
 
 PARTS = ("recall", "refusal", "edits", "locality", "controls")
 ANSWERABLE = ("lookup", "update", "coreference", "two_hop", "list")
@@ -68,31 +68,63 @@ def memories(world, N, kind, questions):
         yield facts, asked
 
 
-def fill(model, facts):
+def remember(model, facts):
+    """Fill the memory with these facts alone. Returns a snapshot of it that can be asked later, see `ask`."""
     model.clear_memory()
-    return model.add_to_memory(facts)
+    model.add_to_memory(facts)
+    return snapshot(model)
 
 
-def ask(model, asked, batch=64, max_new_tokens=None):
-    """Ask a filled memory, never letting it refuse, `batch` questions at once. Returns a list of Reply.
+def snapshot(model):
+    """The memory as it is now, as the injection layer sees it: a MemoryView, which later writes leave alone."""
+    with torch.no_grad():
+        model._open()
+    return model.injection.view
 
-    Answers end well after the longest true one: what is longer is wrong however it goes on.
+
+def side_by_side(views):
+    """The MemoryViews of R memories as one of G = R, so that each row of a batch reads a memory of its own."""
+    if all(view is views[0] for view in views):
+        return views[0]
+    distinct = {id(view): view for view in views}
+    N, first, total = max(view.valid.shape[1] for view in views), {}, 0
+    for name, view in distinct.items():
+        first[name], total = total, total + len(view.tokens.lengths)
+    pad = lambda t, value=0: F.pad(t, (0, 0) * (t.ndim - 2) + (0, N - t.shape[1]), value=value)
+    stores = [view.tokens for view in distinct.values()]
+    parts = [name for name, value in vars(stores[0]).items() if torch.is_tensor(value) and name != "starts"]   # as TokenStore takes them
+    return MemoryView(torch.cat([pad(view.keys) for view in views]), torch.cat([pad(view.valid, False) for view in views]),
+                      torch.cat([pad(view.episodes + first[id(view)]) for view in views]),
+                      TokenStore(*(torch.cat([getattr(store, part) for store in stores]) for part in parts)))
+
+
+def ask(model, cell, batch=64, max_new_tokens=None):
+    """Ask snapshots of memories, never letting the model refuse. cell: list of (snapshot, asked). Returns a list of Reply.
+
+    `batch` questions at once, of several memories if these are small: a memory of four facts answers few questions, and two
+    rows take as long as sixty. Answers end well after the longest true one: what is longer is wrong however it goes on.
     """
-    longest = max((len(model.tokenizer.encode(q["answer"], bos=False)) for q in asked), default=0)
-    replies, threshold = [], model.config.null_threshold
+    rows = [(view, q) for view, asked in cell for q in asked]
+    longest = max((len(model.tokenizer.encode(q["answer"], bos=False)) for _, q in rows), default=0)
+    replies, threshold, own = [], model.config.null_threshold, model._open
     model.config.null_threshold = math.inf
     try:
-        for start in range(0, len(asked), batch):
-            part = asked[start:start + batch]
-            said = model.answer([q["question"] for q in part], max_new_tokens=max_new_tokens or 2 * longest + 4)
+        while rows:
+            part = rows[:batch]
+            if len(part) * part[0][0].valid.shape[1] > 30_000:     # large ones by themselves: their keys are not to be copied
+                part = [row for row in part if row[0] is part[0][0]]
+            rows = rows[len(part):]
+            together = side_by_side([view for view, _ in part])
+            model._open = lambda: vars(model.injection).update(view=together, reading=None)
+            said = model.answer([q["question"] for _, q in part], max_new_tokens=max_new_tokens or 2 * longest + 4)
             weights = model.weights().float()                                              # (B, N + 1)
             best = weights[:, :-1].topk(min(5, weights.shape[1] - 1)).indices.tolist()
-            for q, text, null, top in zip(part, said, weights[:, -1].tolist(), best):
+            for (_, q), text, null, top in zip(part, said, weights[:, -1].tolist(), best):
                 # The last fact of two hops holds the answer; the first only leads there.
                 holders = q["support"] if q["kind"] == "list" else q["support"][-1:]
                 replies.append(Reply(q, text, null, top[0] in holders, bool(holders) and set(holders) <= set(top)))
     finally:
-        model.config.null_threshold = threshold
+        model.config.null_threshold, model._open = threshold, own
     return replies
 
 
@@ -224,12 +256,17 @@ def complete(model, prompts, max_new_tokens, batch=64, room=None):
         B = int(max(1, min(batch, room // row_bytes, len(order))))
         rows, order = order[-B:], order[:-B]
         cache = KVCache(config, B, length, gemma.dtype, device)
+        # Each row ends at the same slot, so a shorter one begins later. Padding between the beginning and the rest would be
+        # easier but wrong: sliding windows count slots. What of the beginning is in the last T tokens is computed again.
+        kept = torch.tensor([max(0, len(prompts[i]) - T) for i in rows], device=device)            # (B,) tokens from the stem
+        source = torch.arange(shared, device=device) - (shared - kept)[:, None]                    # (B, shared) their places in it
         for wide, narrow in zip(cache.layers, stem.layers):
-            wide.k[:, :, :shared], wide.v[:, :, :shared] = narrow.k, narrow.v
-        cache.real[:, :shared] = True
+            wide.k[:, :, :shared] = narrow.k[0][:, source.clamp(min=0)].transpose(0, 1)
+            wide.v[:, :, :shared] = narrow.v[0][:, source.clamp(min=0)].transpose(0, 1)
+        cache.real[:, :shared] = source >= 0
         cache.position += shared
-        cache.seen += shared
-        rest = [prompts[i][shared:] for i in rows]
+        cache.seen += kept
+        rest = [prompts[i][-T:] for i in rows]
         ids = torch.tensor([[PAD] * (T - len(r)) + r for r in rest], device=device)
         mask = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rest], device=device)
         done, tokens = torch.zeros(B, dtype=torch.bool, device=device), []
@@ -334,31 +371,31 @@ class Bench:
     def __init__(self, model, args):
         self.model, self.args = model, args
         self.words = open_vocabulary(model.tokenizer)
-        self.result, self.asked = {}, {}
+        self.result, self.kept = {}, {}
 
     def world(self, split, *purpose, phrasings=None):
         """A World of its own for every purpose, so that leaving out one part changes no other."""
         return World(split, zlib.crc32(repr((self.args.seed, split, *purpose)).encode()), self.words, phrasings)
 
-    def ask(self, asked, **options):
-        return ask(self.model, asked, self.args.batch, **options)
+    def ask(self, cell, **options):
+        return ask(self.model, cell, self.args.batch, **options)
 
     @property
     def threshold(self):
         return self.model.config.null_threshold
 
     def drawn(self, N, kind, phrasings=None):
-        """The questions of a cell: list of (facts, asked, replies). Kept for lookups, which the controls ask again."""
-        key = (N, kind, phrasings)
-        if key not in self.asked:
-            cell = []
-            for facts, asked in memories(self.world("test", N, kind, phrasings=phrasings), N, kind, self.args.questions):
-                fill(self.model, facts)
-                cell.append((facts, asked, self.ask(asked)))
-            if key != (N, "lookup", None):
-                return cell
-            self.asked[key] = cell
-        return self.asked[key]
+        """A cell: its memories, a list of (facts, asked), and the replies to all questions in order.
+
+        Lookups are kept, because the controls ask them again.
+        """
+        if (N, kind, phrasings) in self.kept:
+            return self.kept[N, kind, phrasings]
+        cell = list(memories(self.world("test", N, kind, phrasings=phrasings), N, kind, self.args.questions))
+        replies = self.ask([(remember(self.model, facts), asked) for facts, asked in cell])
+        if kind == "lookup" and not phrasings:
+            self.kept[N, kind, phrasings] = cell, replies
+        return cell, replies
 
     # -- recall
 
@@ -371,7 +408,7 @@ class Bench:
 
     def recall_job(self, rows, N, kind, phrasings):
         def job():
-            replies = [r for *_, replies in self.drawn(N, kind, phrasings) for r in replies]
+            _, replies = self.drawn(N, kind, phrasings)
             row = dict(facts=N, kind=kind, phrasings=phrasings or "test", **summary(replies, self.threshold))
             if kind == "lookup" and not phrasings:
                 lengths = [len(self.model.tokenizer.encode(" " + r.asked["answer"], bos=False)) for r in replies]
@@ -386,12 +423,9 @@ class Bench:
 
     def nulls(self, split, N, questions, **options):
         """Replies to a mix of answerable and unanswerable questions: (answerable, unanswerable)."""
-        known, unknown = [], []
-        for facts, asked in mixed(self.world(split, "mixed", N), N, questions):
-            fill(self.model, facts)
-            for reply in self.ask(asked, **options):
-                (known if reply.asked["support"] else unknown).append(reply)
-        return known, unknown
+        cell = [(remember(self.model, facts), asked) for facts, asked in mixed(self.world(split, "mixed", N), N, questions)]
+        replies = self.ask(cell, **options)
+        return [r for r in replies if r.asked["support"]], [r for r in replies if not r.asked["support"]]
 
     def refusal(self):
         self.result["refusal"] = dict(threshold=self.threshold, rows=[])
@@ -436,13 +470,13 @@ class Bench:
         """Store what was told before an update, ask; then tell the update, ask again."""
         before, after = [], []
         for facts, asked in memories(self.world("test", "again", N), N, "update", self.args.questions):
-            later = {q["support"][-1] for q in asked}
+            later = sorted({q["support"][-1] for q in asked})
             earlier = [i for i in range(N) if i not in later]
-            fill(self.model, [facts[i] for i in earlier])
-            before += self.ask(asked)
-            self.model.add_to_memory([facts[i] for i in sorted(later)])
-            place = {i: row for row, i in enumerate([*earlier, *sorted(later)])}
-            after += self.ask([{**q, "support": [place[i] for i in q["support"]]} for q in asked])
+            before.append((remember(self.model, [facts[i] for i in earlier]), asked))
+            self.model.add_to_memory([facts[i] for i in later])
+            row = {i: row for row, i in enumerate([*earlier, *later])}
+            after.append((snapshot(self.model), [{**q, "support": [row[i] for i in q["support"]]} for q in asked]))
+        before, after = self.ask(before), self.ask(after)
         changed = [(b, a) for b, a in zip(before, after) if not b.right]
         self.result["edits"].append(dict(
             what="told again", facts=N, **summary(after, self.threshold),
@@ -450,16 +484,17 @@ class Bench:
 
     def forgotten(self, N):
         """Ask, forget every second of the facts that were asked for, ask again. Of those it had known before."""
-        pairs, kept = [], []
+        before, after, asked_of_gone = [], [], []
         for facts, asked in memories(self.world("test", "forget", N), N, "lookup", 2 * self.args.questions):
-            ids = fill(self.model, facts)
-            before = self.ask(asked)
-            gone = set(sorted({q["support"][0] for q in asked})[::2]) if N > 1 else set()
-            for i in gone:
-                self.model.forget(ids[i])
-            for b, a in zip(before, self.ask(asked)):
-                if b.right and b.null <= self.threshold:
-                    (pairs if b.asked["support"][0] in gone else kept).append(a)
+            before.append((remember(self.model, facts), asked))
+            gone = sorted({q["support"][0] for q in asked})[::2]
+            for i in gone if len(gone) < N else ():
+                self.model.forget(self.model.memory_graph.ids[i - sum(g < i for g in gone)])
+            after.append((snapshot(self.model), asked))
+            asked_of_gone += [q["support"][0] in gone for q in asked]
+        known = [(a, was) for b, a, was in zip(self.ask(before), self.ask(after), asked_of_gone)
+                 if b.right and b.null <= self.threshold]
+        pairs, kept = [a for a, was in known if was], [a for a, was in known if not was]
         count = lambda test, of: share(sum(map(test, of)), len(of))
         refused = lambda r: r.null > self.threshold
         self.result["edits"].append(dict(
@@ -474,8 +509,8 @@ class Bench:
         world = self.world("test", "edits", N, replace)
         facts, asked = world.memory(N, 4 * N, "lookup")
         values = sorted({q["answer"] for q in world.memory(4 * N, 4 * N, "lookup")[1]} - {q["answer"] for q in asked})
-        texts, ids = list(facts), [[i] for i in fill(self.model, facts)]
-        before = self.ask(asked)
+        before = self.ask([(remember(self.model, facts), asked)])
+        texts, ids = list(facts), [[i] for i in self.model.memory_graph.ids]
         questions = [dict(q) for q in asked]
         can = sorted({q["support"][0] for q in asked if facts[q["support"][0]].count(q["answer"]) == 1})
         can, edited = [f for i, f in enumerate(can) if i % 4], set()
@@ -498,7 +533,7 @@ class Bench:
                     q["answer"] = value
             edited.add(fact)
         row = {episode: i for i, episode in enumerate(self.model.memory_graph.ids)}
-        after = self.ask([{**q, "support": [row[ids[q["support"][0]][-1]]]} for q in questions])
+        after = self.ask([(snapshot(self.model), [{**q, "support": [row[ids[q["support"][0]][-1]]]} for q in questions])])
         good = lambda r: r.right and r.null <= self.threshold
         part = lambda replies, mine: share(sum(good(r) for r, q in zip(replies, questions) if mine(q)),
                                            sum(mine(q) for q in questions))
@@ -523,7 +558,8 @@ class Bench:
                                                       length, args.text, args.seed)
             result.update(tokens=self.text[:, 1:].numel(), base=perplexity(model.gemma, self.text, 8))
         facts = self.world("test", "locality", N).memory(N, 1)[0] if N else []
-        fill(model, facts) if facts else model.clear_memory()
+        model.clear_memory()
+        model.add_to_memory(facts)
         value = perplexity(model.forward, self.text, 8)
         result["rows"].append(dict(facts=N, perplexity=value, change=value / result["base"] - 1))
 
@@ -537,10 +573,10 @@ class Bench:
 
     def control(self, N, method):
         """The lookups of the recall table, answered in another way."""
-        cell = self.drawn(N, "lookup")
+        cell, replies = self.drawn(N, "lookup")
         row = dict(facts=N, method=method)
         if method == MEMORY:
-            pairs = [(r.said if r.null <= self.threshold else "", r.asked["answer"]) for *_, replies in cell for r in replies]
+            pairs = [(r.said if r.null <= self.threshold else "", r.asked["answer"]) for r in replies]
         elif method == OTHER:
             pairs = self.other(N, cell)
         else:
@@ -552,13 +588,13 @@ class Bench:
 
     def other(self, N, cell):
         """The memory of the next example instead; 64 questions will do."""
-        pairs, others = [], [facts for facts, *_ in cell[1:]] + [self.world("test", "other", N).memory(N, 1)[0]]
-        for (_, asked, _), facts in zip(cell, others):
-            fill(self.model, facts)
-            pairs += [(r.said, r.asked["answer"]) for r in self.ask(asked[:64 - len(pairs)])]
-            if len(pairs) >= 64:
-                return pairs
-        return pairs
+        facts = [facts for facts, _ in cell[1:]] + [self.world("test", "other", N).memory(N, 1)[0]]
+        exchanged = []
+        for (_, asked), facts in zip(cell, facts):
+            exchanged.append((remember(self.model, facts), asked))
+            if sum(len(asked) for _, asked in exchanged) >= 64:
+                break
+        return [(r.said, r.asked["answer"]) for r in self.ask(exchanged)]
 
     def prompted(self, N, method, cell, row):
         """The bare base with facts in its prompt: (said, truth) pairs, or None where the prompt is too long."""
@@ -566,7 +602,7 @@ class Bench:
         shots = examples(self.world("train", "examples")) if method in (ALL_SHOTS, SEARCHED, RIGHT_SHOTS) else ""
         how = self.best_search(cell, row) if method == SEARCHED else None
         groups = []                                                # of (prompt, truth) pairs
-        for facts, asked, _ in cell:
+        for facts, asked in cell:
             questions = [q["question"] for q in asked]
             if method in (ALL, ALL_SHOTS):
                 contexts = [lines(facts)] * len(asked)
@@ -588,7 +624,7 @@ class Bench:
     def best_search(self, cell, row):
         """Which of the two plain searches finds more; both are noted in the row."""
         for how in ("embedding", "hidden"):
-            hits = [[q["support"][0] in best[:k] for k in (1, FOUND)] for facts, asked, _ in cell
+            hits = [[q["support"][0] in best[:k] for k in (1, FOUND)] for facts, asked in cell
                     for q, best in zip(asked, search(self.model, facts, [q["question"] for q in asked], how))]
             row[f"found_by_{how}"] = dict(first=share(sum(h[0] for h in hits), len(hits)), five=share(sum(h[1] for h in hits), len(hits)))
         return max(("embedding", "hidden"), key=lambda how: row[f"found_by_{how}"]["five"]["share"])
@@ -707,7 +743,7 @@ def plot(result, path):
         axis.set(xscale="log", title=title, xlabel="facts in memory", ylim=(-2, 102))
         axis.set_xticks(ticks, [f"{N:,}" for N in ticks], rotation=45)
         axis.minorticks_off()
-        axis.legend()
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=2)
     axes[0, 0].set_ylabel("exact match, %")
     save_figure(figure, path)
     pyplot.close(figure)

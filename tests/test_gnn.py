@@ -216,6 +216,8 @@ def test_edges_of_a_hand_worked_example():
     assert edges_of(similar, cosine, valid, time_edges=False) == later
     assert edges_of(similar[..., :0], cosine[..., :0], valid) == time
     assert edges_of(similar[..., :0], cosine[..., :0], valid, time_edges=False) == set()
+    hole = torch.tensor([[True, False, True], [False, True, True]])
+    assert edges_of(similar[..., :0], cosine[..., :0], hole) == {(4, 5, PREVIOUS, 0), (5, 4, NEXT, 0)}
 
 
 def test_most_similar_later_looks_forward_only():
@@ -349,6 +351,16 @@ def test_weights_over_episodes_and_null_sum_to_one(cosine_keys):
         alone = gnn.log_weights(query[g:g + 1], keys[g:g + 1, order], valid[g:g + 1, order], valid[g:g + 1].sum(1)).exp()
         assert torch.allclose(alone[0][..., :4], weights[g][..., order], atol=1e-6)
         assert torch.allclose(alone[0][..., 4], weights[g][..., 4], atol=1e-6)
+
+
+def test_empty_places_leave_gradients_finite():
+    """Catches -inf put in before the temperature: its gradient is then 0 * inf, and one padded batch ends the training."""
+    gnn, valid = random_gnn(), torch.tensor([[True, True, False], [False] * 3])
+    query, keys = torch.randn(2, 1, 2, 6, requires_grad=True), torch.randn(2, 3, 2, 6, requires_grad=True)
+    gnn.log_weights(query, keys, valid, valid.sum(1))[..., -1].sum().backward()
+    for gradient in (gnn.log_temperature.grad, gnn.null_key.grad, query.grad, keys.grad):
+        assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
+    assert (keys.grad[~valid] == 0).all()
 
 
 @torch.no_grad()

@@ -1,0 +1,288 @@
+"""The synthetic data: labels are right, splits share nothing, the same seed gives the same examples, bad input is refused."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+import data_gen
+from data_gen import FEWEST_FACTS, KINDS, SPLITS, World, main, open_vocabulary, split_of
+from gemma import InputError, read_json
+
+DATA = read_json(data_gen.HERE / "data_gen.json")
+# A vocabulary without a tokenizer: words that no list holds, of all shapes that a real one has.
+WORDS = sorted({a + b + c for a in ("brim", "Klop", "zund", "FAR", "Oster", "quel") for b in ("a", "or", "iu") for c in
+                ("ten", "lick", "mos", "dap", "ver", "sh")})
+HASH = "befa08ec1146a2b24e0860726adfac550dd12f7481c458b46a981dc7674db093"
+
+
+@pytest.fixture(scope="module", params=SPLITS)
+def bundles(request):
+    world = World(request.param, 5, WORDS)
+    return [world.bundle() for _ in range(1500)]
+
+
+def answers(bundle):
+    return [(question, [bundle.facts[i] for i in question.support]) for question in bundle.questions]
+
+
+def test_same_seed_same_examples():
+    """Catches anything but the seed that decides: hash order, global random state, a changed template (then renew HASH)."""
+    world = World("train", 0, WORDS)
+    lines = [json.dumps(world.example(4 + i % 12), ensure_ascii=False) for i in range(200)]
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == HASH
+    assert World("train", 1, WORDS).example(8) != json.loads(lines[4])
+
+
+def test_only_random_random_is_used():
+    """Catches a draw by choice, shuffle or sample, which differ between Python versions."""
+    source = (data_gen.HERE / "data_gen.py").read_text(encoding="utf-8")
+    others = ("choice", "choices", "shuffle", "sample", "randint", "randrange", "uniform", "getrandbits")
+    assert not any(f".{name}(" in source for name in others)
+
+
+def test_answer_stands_in_its_facts(bundles):
+    """Catches a support that points at another sentence, and noise (case, punctuation, quotes) that touched a value."""
+    for bundle in bundles:
+        for question, facts in answers(bundle):
+            if question.kind == "unanswerable":
+                assert (question.answer, question.support) == ("", [])
+            elif question.kind == "list":
+                parts = question.answer.split(" and ")         # a value may hold an "and" of its own
+                halves = [(" and ".join(parts[:i]), " and ".join(parts[i:])) for i in range(1, len(parts))]
+                assert len(facts) == 2 and question.support == sorted(question.support)
+                assert any(one in facts[0] and other in facts[1] for one, other in halves)
+            else:
+                assert len(facts) == (2 if question.kind == "two_hop" else 1)
+                assert question.answer and question.answer in facts[-1]
+
+
+def test_text_is_whole(bundles):
+    """Catches a hole that nothing filled, doubled spaces, and values that could not be told from their sentence's end."""
+    for bundle in bundles:
+        assert len(bundle.facts) == len(bundle.follows) and not bundle.follows[0]
+        for text in [*bundle.facts, *(question.question for question in bundle.questions)]:
+            assert text == text.strip() and "  " not in text and "{" not in text and "\n" not in text
+        for question in bundle.questions:
+            assert question.answer == question.answer.strip() and '"' not in question.answer
+            assert not question.answer.endswith((".", "!", "?", ","))
+
+
+def test_unanswerable_was_not_told(bundles):
+    """Catches an "unanswerable" question that the same bundle answers in the same words."""
+    for bundle in bundles:
+        told = {question.question for question in bundle.questions if question.kind != "unanswerable"}
+        assert not told & {question.question for question in bundle.questions if question.kind == "unanswerable"}
+
+
+def test_update_takes_the_later():
+    """Catches an answer that is the old value, or an update told before what it replaces."""
+    world, seen = World("train", 3, WORDS), 0
+    for _ in range(300):
+        attribute = world.pick(world.attributes["person"])
+        subject = world.person()
+        chunks, questions = world.tell(subject, [("update", [attribute])], set())
+        bundle = world.finish(chunks, questions, {subject.key})
+        assert len(bundle.facts) == 2
+        for question in bundle.questions:
+            assert question.kind == "update" and question.support == [1] and question.answer in bundle.facts[1]
+            seen += question.answer not in bundle.facts[0]
+    assert seen > 300
+
+
+@pytest.mark.parametrize("n_facts", [1, 2, 5, 16, 64, 300])
+def test_memory_has_exactly_n_facts(n_facts):
+    """Catches memories that are short, or long, by a bundle that didn't fit, and support that wasn't moved with its facts."""
+    world = World("test", n_facts, WORDS)
+    for _ in range(20):
+        facts, questions = world.memory(n_facts, 4)
+        assert len(facts) == n_facts and 1 <= len(questions) <= 4
+        assert len({question["question"] for question in questions}) == len(questions)
+        for question in questions:
+            assert all(0 <= i < n_facts for i in question["support"])
+            if question["support"] and question["kind"] != "list":
+                assert question["answer"] in facts[question["support"][-1]]
+
+
+def watched(world):
+    """The world, and a list of all bundles that it will have drawn."""
+    drawn, draw = [], world.bundle
+    world.bundle = lambda kind=None: drawn.append(draw(kind)) or drawn[-1]
+    return world, drawn
+
+
+def test_weaving_keeps_order_and_adjacency():
+    """Catches a pronoun that ends up behind somebody else's sentence, and an update that is woven in before the old fact."""
+    world, drawn = watched(World("train", 8, WORDS))
+    apart = 0
+    for _ in range(200):
+        drawn.clear()
+        facts, _ = world.memory(20, 1)
+        for bundle in drawn:
+            if all(facts.count(fact) == 1 for fact in bundle.facts):          # else it was turned down, or is noise told twice
+                places = [facts.index(fact) for fact in bundle.facts]
+                assert places == sorted(places)
+                assert all(b == a + 1 for a, b, follows in zip(places, places[1:], bundle.follows[1:]) if follows)
+                apart += places[-1] - places[0] >= len(places)
+    assert apart > 200
+
+
+def test_subjects_of_a_memory_are_distinct():
+    """Catches two bundles on one person, which makes questions ambiguous, "Maria" beside "Maria Lopez", and two "I"."""
+    world, drawn = watched(World("test", 9, WORDS))
+    for _ in range(100):
+        drawn.clear()
+        facts, _ = world.memory(60, 1)
+        placed = [bundle for bundle in drawn if all(fact in facts for fact in bundle.facts)]
+        keys = Counter(key for bundle in placed for key in bundle.subjects)
+        assert keys["I"] <= 1
+        assert sum(len(bundle.facts) for bundle in placed) >= 60
+        first = {key.split()[0] for key in keys if " " in key and not key.startswith("the ")}
+        assert not first & {name.lower() for gender in world.alone.values() for name in gender}
+
+
+def test_large_memory_does_not_run_out_of_subjects():
+    """Catches a draw that never ends once the list of names is used up."""
+    facts, questions = World("validation", 2, WORDS).memory(2000, 50)
+    assert len(facts) == 2000 and len(questions) == 50
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kind_can_be_asked_for(kind):
+    """Catches a kind that the bundle asked for doesn't have, also in the smallest memory that can hold it."""
+    world = World("train", 4, WORDS)
+    for n_facts in (FEWEST_FACTS[kind], 12):
+        for _ in range(50):
+            example = world.example(n_facts, kind)
+            assert example["kind"] == kind and len(example["facts"]) == n_facts and example["split"] == "train"
+    facts, questions = world.memory(100, 20, kind)
+    assert len(questions) == 20 and {question["kind"] for question in questions} == {kind}
+
+
+def test_kinds_in_proportion(bundles):
+    """Catches constants that leave a kind out, or lookups far from half of all questions; and a world without "I"."""
+    kinds = Counter(question.kind for bundle in bundles for question in bundle.questions)
+    share = {kind: kinds[kind] / kinds.total() for kind in KINDS}
+    assert 0.4 < share["lookup"] < 0.6 and min(share.values()) > 0.015
+    assert sum("I" in bundle.subjects for bundle in bundles) > 30
+
+
+def test_enough_variety():
+    """Catches a data file that lost attributes or phrasings on its way."""
+    people = [entry for entry in DATA["attributes"] if entry["subject"] == "person"]
+    assert len(DATA["attributes"]) >= 40 and len({entry["name"] for entry in DATA["attributes"]}) == len(DATA["attributes"])
+    for entry in DATA["attributes"]:
+        for section, fewest in dict(facts=9, pronoun=4, updates=4, questions=9).items():
+            assert len(set(entry[section]["train"])) >= fewest and len(set(entry[section]["test"])) >= 2
+    assert all("first" in entry and "first_questions" in entry for entry in people)
+
+
+def test_templates_have_their_holes():
+    """Catches a template that can't be filled: it would tell no value, or nobody's."""
+    holes = dict(facts=(1, 1), updates=(1, 1), also=(1, 1), pronoun=(0, 1), first=(0, 1), questions=(1, 0),
+                 first_questions=(0, 0))
+    for entry in DATA["attributes"]:
+        for section, wanted in holes.items():
+            for template in [t for side in entry.get(section, {}).values() for t in side]:
+                assert (template.count("{p}"), template.count("{v}")) == wanted, (entry["name"], template)
+    for entry in DATA["relations"]:
+        assert all(t.count("{p}") == t.count("{q}") == 1 for side in entry["facts"].values() for t in side)
+
+
+def test_splits_share_no_template():
+    """Catches a test template that training has seen."""
+    for entry in [*DATA["attributes"], *DATA["relations"], DATA["prose"]]:
+        for section, sides in entry.items():
+            if isinstance(sides, dict):
+                plain = [{"".join(c for c in t.lower() if c.isalnum()) for t in sides[side]} for side in ("train", "test")]
+                assert not plain[0] & plain[1], (entry.get("name"), section)
+
+
+def test_splits_share_no_name_thing_or_word():
+    """Catches names, values and open words that leak from training into validation or test."""
+    worlds = [World(split, 0, WORDS) for split in SPLITS]
+    for i, one in enumerate(worlds):
+        for other in worlds[i + 1:]:
+            assert set(one.choices["word"]) and not {w.lower() for w in one.choices["word"]} & {w.lower() for w in other.choices["word"]}
+            for kind in one.things:
+                assert one.things[kind] and not set(one.things[kind]) & set(other.things[kind])
+            for name in [*DATA["values"], "first", "last"]:
+                mine, theirs = ({item for item in world.choices[name] if isinstance(item, str)} for world in (one, other))
+                assert mine and theirs and not mine & theirs, name
+
+
+def test_splits_share_no_drawn_value_or_subject():
+    """The same for what comes out: also dates, numbers, codes, invented names and names with a letter changed."""
+    drawn = []
+    for split in SPLITS:
+        world = World(split, 11, WORDS)
+        drawn.append([world.bundle() for _ in range(1500)])
+    for pick in (lambda b: {q.answer.lower() for q in b.questions if q.answer and q.kind != "list"}, lambda b: b.subjects - {"I"}):
+        values = [set().union(*map(pick, some)) for some in drawn]
+        assert not values[0] & values[1] and not values[0] & values[2] and not values[1] & values[2]
+
+
+def test_open_word_is_no_listed_word_of_another_split():
+    """Catches an open vocabulary that trains on "Coimbra", a city of the test split."""
+    city = next(city for city in DATA["values"]["city"]["test"] if city.isalpha() and split_of(city) == "train")
+    assert city not in World("train", 0, [*WORDS, city]).choices["word"]
+
+
+def test_open_vocabulary():
+    """Catches pieces that are no plain word: inside a word, too short or long, with digits, or of another script."""
+    pieces = ["<pad>", "▁house", "house", "▁ab", "▁abc1", "▁Zoë", "▁мир", "▁a" + 12 * "b", "▁apple", "▁×××", "▁▁two", "▁apple"]
+    tokenizer = SimpleNamespace(vocab_size=len(pieces), pieces=SimpleNamespace(id_to_piece=pieces.__getitem__))
+    assert open_vocabulary(tokenizer) == ["Zoë", "apple", "house"]
+
+
+def test_trained_marks_training_only():
+    """Catches a held-out World that counts its questions as trained."""
+    trained = [World(*arguments).bundle().questions[0].trained for arguments in
+               [("train", 0), ("validation", 0), ("test", 0), ("train", 0, (), "test")]]
+    assert trained == [True, False, False, False]
+
+
+def test_bad_arguments_of_the_world():
+    """Catches input that fails late or silently: a split, phrasing or kind that doesn't exist, a memory without room."""
+    world = World()
+    for wrong in (lambda: World("dev"), lambda: World(phrasings="validation"), lambda: world.bundle("three_hop"),
+                  lambda: world.memory(0, 1), lambda: world.memory(5, 0), lambda: world.example(1, "two_hop")):
+        with pytest.raises(InputError):
+            wrong()
+
+
+def test_command_line_writes_jsonl(tmp_path, capsys):
+    """Catches a file that isn't JSONL, sizes outside the range, and a seed that doesn't decide."""
+    for name in ("a", "b"):
+        main(["--n", "30", "--out", str(tmp_path / name), "--seed", "7", "--facts", "3:6", "--split", "test"])
+    capsys.readouterr()
+    text = (tmp_path / "a").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert text == (tmp_path / "b").read_text(encoding="utf-8") and len(lines) == 30 and len(list(tmp_path.iterdir())) == 2
+    assert {len(line["facts"]) for line in lines} == {3, 4, 5, 6}
+    assert all(list(line) == ["facts", "question", "answer", "support", "kind", "split"] and line["split"] == "test" for line in lines)
+
+
+@pytest.mark.parametrize("wrong", [["--n", "0"], ["--n", "many"], ["--facts", "9:3"], ["--facts", "0:3"], ["--facts", "x"],
+                                   ["--facts", "1:3", "--kind", "list"], ["--kind", "all"], ["--split", "dev"], ["--seed", "x"],
+                                   ["--tokenizer", "nowhere"], ["--out", "nowhere/data.jsonl"], ["--out", "."], ["--colour", "red"]])
+def test_command_line_refuses(wrong, tmp_path, capsys, monkeypatch):
+    """Catches a traceback, a usage text instead of one sentence, exit code 0 or 1, and a file left behind."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["--n", "5", "--out", "data.jsonl", *wrong])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out and len(err.strip().splitlines()) == 1 and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_runs():
+    """Catches a command line that can't even explain itself; run as a learner would, with another hash seed."""
+    done = subprocess.run([sys.executable, str(data_gen.HERE / "data_gen.py"), "--help"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONHASHSEED": "1"})
+    assert done.returncode == 0 and "example: python data_gen.py" in done.stdout
