@@ -537,7 +537,7 @@ class Gemma(nn.Module):
         digest = hashlib.sha256()
         for name, p in sorted(self.named_parameters()):
             flat = p.detach().flatten()
-            sampled = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16)
+            sampled = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16).contiguous()
             digest.update(f"{name}{tuple(p.shape)}".encode() + sampled.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 

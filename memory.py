@@ -111,6 +111,7 @@ class EpisodeGraph:
 
     Edges are not stored: time edges follow from the order, similarity edges from `similar`. `keys` are worked out at the
     next question after a change and kept until the next change; while training, whose every step is one, they are not kept.
+    `states` (all tokens, D) stay so that the tokens' keys can be worked out anew when the weights have changed.
     """
 
     def __init__(self, config, hidden_size, device):
@@ -122,6 +123,7 @@ class EpisodeGraph:
         long = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=self.device)
         self.ids, self.texts = [], []
         self.tokens = TokenStore(long(0), torch.zeros(0, self.config.heads * self.config.token_key_dim, device=self.device), long(0))
+        self.states = torch.zeros(0, hidden_size, device=self.device)                      # (all tokens, D)
         self.nodes = torch.zeros(0, hidden_size, device=self.device)                       # (N, D)
         self.own = torch.zeros(0, self.config.heads * self.config.key_dim, device=self.device)
         self.similar = long(0, self.config.similar_edges)                                  # (N, S) rows, -1 for none
@@ -138,25 +140,30 @@ class EpisodeGraph:
         self.ids += new_ids
         self.texts += texts
         lengths = torch.tensor([len(t) for t in token_ids], device=self.device)
+        states = torch.cat(states)
+        self.states = torch.cat((self.states.to(states.dtype), states))
         self.tokens = TokenStore(torch.cat((self.tokens.ids, *token_ids)),
-                                 torch.cat((self.tokens.keys, injection.token_keys(torch.cat(states), lengths))),
+                                 torch.cat((self.tokens.keys, injection.token_keys(states, lengths))),
                                  torch.cat((self.tokens.lengths, lengths)))
         self.nodes = torch.cat((self.nodes, nodes))
-        self._relate(gnn)
+        self._relate(injection.gnn)
         return new_ids
 
-    def refresh(self, gnn):
+    @torch.no_grad()
+    def refresh(self, injection):
         """Work out again what depends on the trained weights."""
+        self.tokens.keys = injection.token_keys(self.states, self.tokens.lengths)
         self.own, self.similar, self.cosine = self.own[:0], self.similar[:0], self.cosine[:0]
-        self._relate(gnn)
+        self._relate(injection.gnn)
 
     @torch.no_grad()
     def _relate(self, gnn):
         """Own keys and similarity links of the nodes that have none yet."""
         before, S = len(self.own), self.config.similar_edges
         self.own = torch.cat((self.own, F.normalize(gnn.own_keys(self.nodes[before:]), dim=-1)))
-        self.similar = F.pad(self.similar, (0, 0, 0, len(self.own) - before), value=-1)
-        self.cosine = F.pad(self.cosine, (0, 0, 0, len(self.own) - before))
+        new = len(self.own) - before
+        self.similar = torch.cat((self.similar, self.similar.new_full((new, S), -1)))
+        self.cosine = torch.cat((self.cosine, self.cosine.new_zeros(new, S)))
         for start in range(before, len(self.own), 1024) if S else ():       # new rows, a block at a time, against all
             self._link(torch.arange(len(self.own), device=self.device), start, min(start + 1024, len(self.own)))
         self.keys = None
@@ -181,6 +188,7 @@ class EpisodeGraph:
         keep = torch.arange(len(self.ids), device=self.device) != row
         start, length = int(self.tokens.starts[row]), int(self.tokens.lengths[row])
         cut = lambda flat: torch.cat((flat[:start], flat[start + length:]))
+        self.states = cut(self.states)
         self.tokens = TokenStore(cut(self.tokens.ids), cut(self.tokens.keys), self.tokens.lengths[keep])
         del self.ids[row], self.texts[row]
         orphans = (self.similar == row).any(1)[keep].nonzero()[:, 0]       # they listened to it: let them look again
@@ -192,13 +200,15 @@ class EpisodeGraph:
                 self._link(orphans, block, min(block + 1024, len(self.own)))
         self.keys = None
 
-    def view(self, gnn):
-        """The MemoryView of this one memory (G = 1)."""
-        N = len(self)
+    def view(self, injection):
+        """The MemoryView of this one memory (G = 1), with gradients while the injection layer trains."""
+        N, training = len(self), injection.training
         valid = torch.ones(1, N, dtype=torch.bool, device=self.device)
-        if self.keys is None or gnn.training:
+        if self.keys is None or training:
             edges = time_and_similarity_edges(self.similar[None], self.cosine[None], valid, self.config.time_edges)
-            self.keys = gnn.keys(self.nodes, *edges)
+            self.keys = injection.gnn.keys(self.nodes, *edges)
+        if training:
+            self.tokens.keys = injection.token_keys(self.states, self.tokens.lengths)
         return MemoryView(self.keys[None], valid, torch.arange(N, device=self.device)[None], self.tokens)
 
 
@@ -410,7 +420,7 @@ class GemmaWithMemory(nn.Module):
     def train(self, mode=True):
         super().train(mode)
         self.gemma.eval()                                                  # the base stays in eval, whatever its parent does
-        self.memory_graph.refresh(self.injection.gnn)                      # training changed what the keys are made with
+        self.memory_graph.refresh(self.injection)                      # training changed what the keys are made with
         return self
 
     def trainable_parameters(self):
@@ -481,7 +491,7 @@ class GemmaWithMemory(nn.Module):
         """Point the injection layer at this model's own memory, as it is now."""
         self.injection.reading = None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
-            self.injection.view = self.memory_graph.view(self.injection.gnn) if len(self.memory_graph) else None
+            self.injection.view = self.memory_graph.view(self.injection) if len(self.memory_graph) else None
 
     def forward(self, input_ids, attention_mask=None, question_mask=None):
         """Logits (B, T, V) of the base with its own memory; with an empty memory, bit-identical to the base.

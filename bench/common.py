@@ -77,12 +77,12 @@ def percent(value, interval=False):
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def table(head, rows):
-    """A Markdown table; the first column is left-aligned, the others right-aligned."""
+def table(head, rows, left=1):
+    """A Markdown table; the first `left` columns are left-aligned, the others right-aligned."""
     cells = [[str(cell) for cell in row] for row in [head, *rows]]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(head))]
-    line = lambda row: "| " + " | ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) + " |"
-    rule = "|" + "|".join("-" * (w + 1) + ":" if i else "-" * (w + 2) for i, w in enumerate(widths)) + "|"
+    line = lambda row: "| " + " | ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) + " |"
+    rule = "|" + "|".join("-" * (w + 2) if i < left else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
 
 

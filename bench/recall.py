@@ -98,11 +98,16 @@ def side_by_side(views):
                       TokenStore(*(torch.cat([getattr(store, part) for store in stores]) for part in parts)))
 
 
+def room_for(longest):
+    """How many new tokens an answer may take when the longest true one has so many: what is longer is wrong anyway."""
+    return longest * 3 // 2 + 4
+
+
 def ask(model, cell, batch=64, max_new_tokens=None):
     """Ask snapshots of memories, never letting the model refuse. cell: list of (snapshot, asked). Returns a list of Reply.
 
     `batch` questions at once, of several memories if these are small: a memory of four facts answers few questions, and two
-    rows take as long as sixty. Answers end well after the longest true one: what is longer is wrong however it goes on.
+    rows take as long as sixty.
     """
     rows = [(view, q) for view, asked in cell for q in asked]
     longest = max((len(model.tokenizer.encode(q["answer"], bos=False)) for _, q in rows), default=0)
@@ -116,7 +121,7 @@ def ask(model, cell, batch=64, max_new_tokens=None):
             rows = rows[len(part):]
             together = side_by_side([view for view, _ in part])
             model._open = lambda: vars(model.injection).update(view=together, reading=None)
-            said = model.answer([q["question"] for _, q in part], max_new_tokens=max_new_tokens or 2 * longest + 4)
+            said = model.answer([q["question"] for _, q in part], max_new_tokens=max_new_tokens or room_for(longest))
             weights = model.weights().float()                                              # (B, N + 1)
             best = weights[:, :-1].topk(min(5, weights.shape[1] - 1)).indices.tolist()
             for (_, q), text, null, top in zip(part, said, weights[:, -1].tolist(), best):
@@ -234,7 +239,7 @@ def prompt_with(model, question, context=""):
 def complete(model, prompts, max_new_tokens, batch=64, room=None):
     """Greedy answers of the bare base to prompts (lists of token ids): list of str.
 
-    What all prompts begin with, such as the facts, goes through the layers once. `room`: bytes for keys and values.
+    What all prompts begin with, such as the facts, goes through the layers once. `room`: bytes, roughly, for a batch.
     """
     gemma, config, device = model.gemma, model.gemma.config, model.gemma.device
     room = room or (16e9 if device.type == "cuda" else 1e9)
@@ -253,7 +258,7 @@ def complete(model, prompts, max_new_tokens, batch=64, room=None):
         T = len(prompts[order[-1]]) - shared                       # longest first: later batches are smaller and wider
         length = shared + T + max_new_tokens
         row_bytes = 2 * len(gemma.layers) * config.num_key_value_heads * config.head_dim * length * stem.layers[0].k.element_size()
-        B = int(max(1, min(batch, room // row_bytes, len(order))))
+        B = int(max(1, min(batch, room // row_bytes, room // (80_000 * T), len(order))))
         rows, order = order[-B:], order[:-B]
         cache = KVCache(config, B, length, gemma.dtype, device)
         # Each row ends at the same slot, so a shorter one begins later. Padding between the beginning and the rest would be
@@ -355,10 +360,10 @@ def ordinary_text(model, rows, length, source, seed):
 
 
 @torch.no_grad()
-def perplexity(network, ids, batch):
-    """exp of the mean cross-entropy of ids (rows, T) under network(ids) -> logits; <bos> is given."""
+def perplexity(network, ids):
+    """exp of the mean cross-entropy of ids (rows, T) under network(ids) -> logits (B, T, V); <bos> is given."""
     total = 0.0
-    for part in ids.split(batch):
+    for part in ids.split(2):                                      # few rows at once: logits are the largest tensor of all
         total += F.cross_entropy(network(part)[:, :-1].flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum").item()
     return math.exp(total / ids[:, 1:].numel())
 
@@ -556,11 +561,11 @@ class Bench:
             length = min(256 if not args.quick else 64, model.gemma.config.max_position_embeddings)
             self.text, result["text"] = ordinary_text(model, 4 if args.quick else 32 if self.model.gemma.device.type == "cpu" else 128,
                                                       length, args.text, args.seed)
-            result.update(tokens=self.text[:, 1:].numel(), base=perplexity(model.gemma, self.text, 8))
+            result.update(tokens=self.text[:, 1:].numel(), base=perplexity(model.gemma, self.text))
         facts = self.world("test", "locality", N).memory(N, 1)[0] if N else []
         model.clear_memory()
         model.add_to_memory(facts)
-        value = perplexity(model.forward, self.text, 8)
+        value = perplexity(model.forward, self.text)
         result["rows"].append(dict(facts=N, perplexity=value, change=value / result["base"] - 1))
 
     # -- controls
@@ -611,15 +616,15 @@ class Bench:
             else:
                 contexts = [lines(facts[i] for i in q["support"]) if method != NOTHING else "" for q in asked]
             groups.append([(prompt_with(model, q["question"], shots + context), q["answer"]) for q, context in zip(asked, contexts)])
-        if method not in (ALL, ALL_SHOTS):
-            groups = [sum(groups, [])]                             # all short: no need to go memory by memory
+        if method not in (ALL, ALL_SHOTS) or N <= 16:
+            groups = [sum(groups, [])]                             # short prompts: no need to go memory by memory
         longest = max(len(model.tokenizer.encode(truth, bos=False)) for group in groups for _, truth in group)
-        limit = min(self.args.prompt_tokens, model.gemma.config.max_position_embeddings) - 2 * longest - 4
+        limit = min(self.args.prompt_tokens, model.gemma.config.max_position_embeddings) - room_for(longest)
         row["prompt_tokens"] = max(len(prompt) for group in groups for prompt, _ in group)
         if row["prompt_tokens"] > limit:
             return None
         return [(said, truth) for group in groups for said, (_, truth) in
-                zip(complete(model, [prompt for prompt, _ in group], 2 * longest + 4, self.args.batch), group)]
+                zip(complete(model, [prompt for prompt, _ in group], room_for(longest), self.args.batch), group)]
 
     def best_search(self, cell, row):
         """Which of the two plain searches finds more; both are noted in the row."""
@@ -697,7 +702,7 @@ def report(result):
                         f"untouched facts {percent(e['untouched'])} (before {percent(e['untouched_before'])}), "
                         f"{e['facts_at_the_end']:,} facts at the end")
             lines.append([e["what"], f"{e['facts']:,}", said])
-        blocks += ["Edits, %", table(["edit", "facts", "then"], lines)]
+        blocks += ["Edits, %", table(["edit", "facts", "then"], lines, left=3)]
     if locality := result.get("locality"):
         blocks += [f"Perplexity on {locality['tokens']:,} tokens of {locality['text']}", table(
             ["facts in memory", "perplexity", "change"],
@@ -772,7 +777,7 @@ def parse_arguments(arguments):
     parser.add_argument("--model", default="tiny", help="tiny, gemma-3-270m, or a folder that train.py wrote (default tiny)")
     parser.add_argument("--base", help="another place to find the base: a folder or a Hub id")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, … (default: a GPU if there is one)")
-    parser.add_argument("--out", type=Path, help="folder for recall.json, recall.md and recall.png (default out/recall-MODEL)")
+    parser.add_argument("--out", type=Path, help="folder for recall.json and recall.png (default out/recall-MODEL)")
     parser.add_argument("--seed", type=int, default=0, help="of every draw (default 0)")
     parser.add_argument("--only", type=parts, default=list(PARTS), metavar="PART,…", help=f"of {','.join(PARTS)} (default all)")
     parser.add_argument("--sizes", type=numbers, metavar="N,…", help=f"numbers of facts, from 2 (default {','.join(map(str, SIZES))}; with --quick 4,16,64)")
