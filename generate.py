@@ -93,8 +93,8 @@ def read_facts(path):
 
 def answer(model, question, args):
     """Print the answer as it is generated."""
-    context = model.gemma.config.max_position_embeddings
-    pieces = model.answer_stream([question], max_new_tokens=min(args.max_tokens, context), temperature=args.temperature,
+    longest = model.gemma.config.max_position_embeddings // 2              # the other half of the context is for the question
+    pieces = model.answer_stream([question], max_new_tokens=min(args.max_tokens, longest), temperature=args.temperature,
                                  top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     for (piece,) in pieces:
         print(one_line(piece) if sys.stdout.isatty() else piece, end="", flush=True)

@@ -515,10 +515,16 @@ class GemmaWithMemory(nn.Module):
         """Token ids that ask `question` of this base."""
         return question_prompt(self.tokenizer, question, self.config.chat)
 
-    def batch(self, questions):
-        """Prompts padded on the left: input_ids (B, T), attention_mask (B, T)."""
+    def batch(self, questions, room=0):
+        """Prompts padded on the left: input_ids (B, T), attention_mask (B, T).
+
+        Raises InputError for a question so long that it leaves no `room` in the context for that many tokens of an answer.
+        """
         prompts = [self.prompt(q) for q in questions]
-        longest = max(map(len, prompts))
+        longest, most = max(map(len, prompts)), self.gemma.config.max_position_embeddings - room
+        if longest > most:
+            raise InputError(f"expected a question of at most {most} tokens, got {longest}; shorten it"
+                             f"{f', or the {room} tokens of an answer' if room else ''}.")
         ids = torch.tensor([[PAD] * (longest - len(p)) + p for p in prompts], device=self.gemma.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.gemma.device)
         return ids, mask
@@ -556,7 +562,7 @@ class GemmaWithMemory(nn.Module):
     @torch.no_grad()
     def answer_stream(self, questions, max_new_tokens=64, **options):
         """As `answer` for a list of questions, but yields the answers as they grow: at every step a list of new pieces."""
-        ids, mask = self.batch(questions) if questions else (None, None)
+        ids, mask = self.batch(questions, max_new_tokens) if questions else (None, None)
         if not questions or not len(self.memory_graph):
             yield [DONT_KNOW] * len(questions)
             return

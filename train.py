@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -42,9 +42,10 @@ TEXT = len(KINDS)                       # the kind of a sequence that is ordinar
 class TrainConfig:
     """How to train; each field is an option of the command line."""
 
+    variant: str = field(default="graph", metadata={"help": "the design of the memory; graph is the only one so far"})
     model: str = field(default="tiny", metadata={"help": "the base: tiny, gemma-3-270m, a folder, or a Hub id"})
     out: str = field(default="out/memory", metadata={"help": "folder for the trained memory, its checkpoint and log"})
-    steps: int = field(default=700, metadata={"help": "optimizer steps"})
+    steps: int = field(default=400, metadata={"help": "optimizer steps"})
     batch: int = field(default=128, metadata={"help": "R: questions a step"})
     accumulate: int = field(default=1, metadata={"help": "batches whose gradients are added up to one step"})
     bundles: int = field(default=6000, metadata={"help": "P: bundles of sentences and questions in the pool"})
@@ -64,6 +65,23 @@ class TrainConfig:
     workers: int = field(default=0, metadata={"help": "processes that draw the pool's sentences; 0: this one"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the layers above the injection"})
     resume: bool = field(default=False, metadata={"help": "go on from the checkpoint in --out"})
+
+
+    def check(self):
+        """Raise InputError for settings that can't be trained with."""
+        if self.variant != "graph":
+            raise InputError(f"expected --variant graph, got {self.variant!r}; it is the only one so far.")
+        for name, least in dict(steps=1, batch=8, accumulate=1, bundles=1, facts=8, eval_every=1, tokens=16, workers=0, warmup=0,
+                                lr=0, weight_decay=0, clip=0, retrieval=0, unknown=0, text=0).items():
+            if not getattr(self, name) >= least:
+                raise InputError(f"expected --{name.replace('_', '-')} of at least {least}, got {getattr(self, name)}.")
+        if self.unknown + self.text > 1:
+            raise InputError(f"expected --unknown and --text to be shares of the questions, got {self.unknown} and {self.text}.")
+        out = Path(self.out)
+        if out.exists() and not out.is_dir():
+            raise InputError(f"expected a folder as --out, got the file {out}; name another.")
+        if self.resume and not (out / "checkpoint.safetensors").is_file():
+            raise InputError(f"{out}: expected a checkpoint to resume from, but there is none; train without --resume first.")
 
 
 # ------------------------------------------------------------------------------------------------------------ pool
@@ -197,7 +215,10 @@ class Pool:
         S = R // G
         slot = torch.multinomial(kept.float(), S, replacement=True, generator=generator)       # (G, S)
         outside = rand(G, S) < unknown
-        bundle = torch.where(outside, pick(len(self.facts_of), G, S), picked.gather(1, slot))
+        elsewhere = pick(len(self.facts_of), G, S)
+        heard_of = self.subjects[elsewhere][:, :, None, :, None] == who[:, None, :, None, :]   # (G, S, B, 2, 2)
+        outside &= ~(heard_of.any(-1).any(-1) & kept[:, None]).any(2)                          # about somebody told of here: no stranger
+        bundle = torch.where(outside, elsewhere, picked.gather(1, slot))
         questions = self.questions_of[bundle]
         which = (rand(G, S) * (questions >= 0).sum(-1)).long()
         sequence = questions.gather(2, which[..., None])[..., 0]
@@ -294,7 +315,6 @@ def retrieval_loss(batch, out, hops):
             needed[two_hop] = known[two_hop] & torch.tensor([False, True], device=known.device)
         asked = reading.asked[hop]                                                             # (R, H, N + 1)
         target = torch.zeros(R, asked.shape[-1], dtype=torch.bool, device=known.device)
-        target.scatter_(1, support, needed[:, :1] & (support[:, :1] >= 0) if False else needed.new_zeros(R, 2))
         for i in range(2):
             rows = needed[:, i].nonzero()[:, 0]
             target[rows, support[rows, i]] = True
@@ -383,23 +403,28 @@ def save_checkpoint(folder, model, optimizer, step, best):
 
 def load_checkpoint(folder, model, optimizer):
     file = folder / "checkpoint.safetensors"
-    if not file.is_file():
-        raise InputError(f"{file}: expected a checkpoint to resume from, but there is none; train without --resume first.")
-    with safe_open(file, framework="pt") as tensors:
-        every = {name: tensors.get_tensor(name) for name in tensors.keys()}
-        meta = tensors.metadata()
-    model.injection.load_state_dict({n[6:]: t for n, t in every.items() if n.startswith("model.")})
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            every = {name: tensors.get_tensor(name) for name in tensors.keys()}
+            meta = tensors.metadata()
+        model.injection.load_state_dict({n[6:]: t for n, t in every.items() if n.startswith("model.")})
+        step, best = int(meta["step"]), json.loads(meta["best"])
+    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: expected a checkpoint of a memory with these settings ({str(error)[:120]!r}); "
+                         "resume with the settings it was made with, or train anew.") from None
     state = optimizer.state_dict()
     for name, tensor in every.items():
         if name.startswith("optimizer."):
             _, i, key = name.split(".")
             state["state"].setdefault(int(i), {})[key] = tensor
     optimizer.load_state_dict(state)
-    return int(meta["step"]), json.loads(meta["best"])
+    return step, best
 
 
-def train(settings, memory_config=None, model=None, pools=None, log=None):
-    """Train and save a memory. Returns (model, last evaluation). pools: (training, held-out), to share among runs."""
+def train(settings, memory_config=None, model=None, pools=None):
+    """Train and save a memory; the folder keeps the weights of the best evaluation. Returns (model as it is after the last
+    step, last evaluation). pools: (training, held-out), to share among runs."""
+    settings.check()
     device = check_device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
@@ -423,8 +448,9 @@ def train(settings, memory_config=None, model=None, pools=None, log=None):
         for layer in model.gemma.layers[model.config.inject_after:]:
             layer.compile()
     ready = time.time()
-    broken, seen, last, lines = 0, 0, {}, [] if not settings.resume else [
-        line for line in (folder / "log.jsonl").read_text().splitlines() if json.loads(line)["step"] <= start]
+    broken, seen, last, lines, log = 0, 0, {}, [], folder / "log.jsonl"
+    if settings.resume and log.is_file():
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= start]
     bar = tqdm(range(start, settings.steps), desc="training", unit="step", initial=start, total=settings.steps)
     for step in bar:
         rate, N = schedule(settings, step)
@@ -444,30 +470,34 @@ def train(settings, memory_config=None, model=None, pools=None, log=None):
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         broken = 0 if norm.isfinite() else broken + 1
         if broken == 5:
-            raise InputError(f"step {step + 1}: the gradient was not finite 5 times in a row; the last checkpoint in {folder} "
-                             "is good: lower --lr and --resume.")
+            raise InputError(f"step {step + 1}: the gradient was not finite 5 times in a row; what {folder} holds "
+                             "from before is good: train with a lower --lr.")
         if not broken:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen += settings.batch * settings.accumulate
-        if step % 20 == 0 or step + 1 == settings.steps:
+        last_step = step + 1 == settings.steps
+        measure = (step + 1) % settings.eval_every == 0 or last_step
+        if step % 20 == 0 or measure:
             values = dict(step=step + 1, facts=N, loss=round(loss.item(), 4), answer_loss=round(answer_loss.item(), 4),
                           retrieval_loss=round(at_prompt.item(), 4), seconds=round(time.time() - ready, 1),
                           examples_per_second=round(seen / (time.time() - ready)))
-            if (step + 1) % settings.eval_every == 0 or step % settings.eval_every == 0 and step or step + 1 == settings.steps:
+            if measure:
                 last = evaluate(model, held_out, settings)
                 values["held_out"] = last
-                score = last[16]["recall"] + last[64]["recall"]
+                score = sum(r["recall"] or 0.0 for r in last.values())
                 if best is None or score >= best:
                     best = score
-                    model.trained = dict(asdict(settings), step=step + 1, held_out=last)
+                    model.trained = dict({k: v for k, v in asdict(settings).items() if k not in ("out", "device", "resume", "workers")},
+                                         step=step + 1, held_out=last)
                     model.save_pretrained(folder)
-                save_checkpoint(folder, model, optimizer, step + 1, best)
             lines.append(json.dumps(values))
-            with replacing(folder / "log.jsonl") as temporary:
-                temporary.write_text("\n".join(lines) + "\n")
-            shown = {f"recall@{n}": f"{r['recall']:.0%}" for n, r in last.items()}
-            bar.set_postfix(N=N, loss=f"{loss.item():.3f}", **shown, first=f"{last[64]['first']:.0%}" if last else "")
+            with replacing(log) as temporary:
+                temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            if measure:
+                save_checkpoint(folder, model, optimizer, step + 1, best)
+            shown = {f"recall@{n}": f"{r['recall']:.0%}" for n, r in last.items() if r["recall"] is not None}
+            bar.set_postfix(N=N, loss=f"{loss.item():.3f}", **shown)
     model.eval()
     print(f"trained {settings.steps} steps, {seen:,} examples in {time.time() - ready:.0f} s (and {ready - started:.0f} s "
           f"for the pool) on {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}; saved in {folder}", file=sys.stderr)
@@ -481,7 +511,7 @@ def options(parser, config_class):
         if isinstance(f.default, bool):
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
         else:
-            parser.add_argument(name, type=type(f.default), default=f.default, help=f"{text} (default: {f.default or 'automatic'})")
+            parser.add_argument(name, type=type(f.default), default=f.default, help=f"{text} (default: {f.default if f.default != '' else 'automatic'})")
 
 
 def main(arguments=None):
@@ -492,11 +522,14 @@ def main(arguments=None):
     options(parser.add_argument_group("memory"), MemoryConfig)
     values = vars(parser.parse_args(arguments))
     settings = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
+    settings.check()
+    values["chat"] = values["chat"] or settings.model.rstrip("/").endswith("-it")         # instruction-tuned bases are asked in turns
     config = MemoryConfig.from_dict({f.name: values[f.name] for f in fields(MemoryConfig)}, "command line")
     _, result = train(settings, config)
+    share = lambda value: "none asked" if value is None else f"{value:.1%}"
     for N, r in result.items():
-        print(f"{N:4d} facts: exact match {r['recall']:.1%}, right episode first {r['first']:.1%}, "
-              f"refused {r['refused']:.1%} of the unanswerable and {r['refused_wrongly']:.1%} of the answerable")
+        print(f"{N:4d} facts: exact match {share(r['recall'])}, right episode first {share(r['first'])}, refused {share(r['refused'])} "
+              f"of the unanswerable and {share(r['refused_wrongly'])} of the answerable")
 
 
 if __name__ == "__main__":

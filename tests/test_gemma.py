@@ -522,7 +522,7 @@ def test_offline_the_message_names_the_ways_without_an_account(tmp_path):
                                              ("RepositoryNotFoundError", "not on the Hub")])
 def test_gated_and_unknown_repositories(monkeypatch, error, expected):
     """Catches a 401 shown raw: the user must read that the licence is to be accepted, or that there is no such model."""
-    import huggingface_hub
+    import huggingface_hub.errors
     kind = getattr(huggingface_hub.errors, error)
 
     def refuse(*_, **__):

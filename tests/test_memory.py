@@ -42,7 +42,7 @@ def fresh(model, facts=()):
 
 
 def keys(model):
-    return model.memory_graph.view(model.injection.gnn).keys[0]
+    return model.memory_graph.view(model.injection).keys[0]
 
 
 def same_memory(a, b):
@@ -52,7 +52,7 @@ def same_memory(a, b):
     assert torch.equal(x.tokens.ids, y.tokens.ids) and torch.equal(x.tokens.lengths, y.tokens.lengths)
     assert torch.equal(x.tokens.starts, y.tokens.starts) and x.tokens.longest == y.tokens.longest
     assert torch.equal(x.similar, y.similar)
-    for one, other in ((x.tokens.states, y.tokens.states), (x.nodes, y.nodes), (x.own, y.own), (x.cosine, y.cosine), (keys(a), keys(b))):
+    for one, other in ((x.states, y.states), (x.tokens.keys, y.tokens.keys), (x.nodes, y.nodes), (x.own, y.own), (x.cosine, y.cosine), (keys(a), keys(b))):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
@@ -247,7 +247,7 @@ def test_packed_memories_are_separate_memories(full):
     models = [fresh(full, part) for part in parts]
     graphs = [m.memory_graph for m in models]
     N, (keys_a, keys_b) = 5, map(keys, models)
-    store = TokenStore(*(torch.cat([getattr(g.tokens, name) for g in graphs]) for name in ("ids", "states", "lengths")))
+    store = TokenStore(*(torch.cat([getattr(g.tokens, name) for g in graphs]) for name in ("ids", "keys", "lengths")))
     view = MemoryView(torch.stack((F.pad(keys_a, (0, 0, 0, 0, 0, 2)), keys_b)),
                       torch.tensor([[True] * 3 + [False] * 2, [True] * 5]), torch.tensor([[0, 1, 2, 0, 0], [3, 4, 5, 6, 7]]), store)
     torch.manual_seed(0)
@@ -256,7 +256,7 @@ def test_packed_memories_are_separate_memories(full):
     last = torch.tensor([5, 3, 5, 4])
     packed = full.injection.read(h, pool, last, view)
     for row in range(4):
-        alone = full.injection.read(h[row:row + 1], pool[row:row + 1], last[row:row + 1], models[row // 2].memory_graph.view(full.injection.gnn))
+        alone = full.injection.read(h[row:row + 1], pool[row:row + 1], last[row:row + 1], models[row // 2].memory_graph.view(full.injection))
         torch.testing.assert_close(packed.context[row], alone.context[0], rtol=1e-4, atol=1e-4)
         n = len(parts[row // 2])
         assert packed.asked[-1][row, :, n:N].exp().sum() == 0
@@ -269,7 +269,7 @@ def test_reading_equals_the_slow_way(full):
     H, D, N, k = config.heads, full.gemma.config.hidden_size, len(graph), config.candidates
     torch.manual_seed(0)
     h, pool = torch.randn(1, 1, D), torch.randn(1, 1, D)
-    out = layer.read(h, pool, torch.tensor([0]), graph.view(gnn))
+    out = layer.read(h, pool, torch.tensor([0]), graph.view(layer))
     unit = lambda v: v / v.norm()
     head = lambda linear, v, i: linear(v).view(H, -1)[i]
     standard = lambda v: ((v - layer.state_mean) / layer.state_std).clamp(-10, 10)
@@ -288,15 +288,16 @@ def test_reading_equals_the_slow_way(full):
             among = over_all[i, [*best, N]] / over_all[i, [*best, N]].sum()              # softmax again, over the candidates and null
             for share, n in zip(among, best):
                 start, M = int(graph.tokens.starts[n]), int(graph.tokens.lengths[n])
-                states = [standard(s) for s in graph.tokens.states[start:start + M]]
+                states = [standard(s) for s in graph.states[start:start + M]]
                 before = [torch.zeros(D), *states[:-1]]
                 token_query = unit(head(layer.token_query_own[hop], x, i) + head(layer.token_query_pool[hop], pool, i))
                 token_keys = [unit(head(layer.token_key_own, s, i) + head(layer.token_key_before, b, i)) for s, b in zip(states, before)]
                 weights = (torch.stack([token_query @ key for key in token_keys]) * layer.log_token_temperature[i].exp()).softmax(0)
-                for weight, state, token in zip(weights, states, graph.tokens.ids[start:start + M]):
+                for weight, token in zip(weights, graph.tokens.ids[start:start + M]):
                     value = full.gemma.embed_tokens.weight[token]
-                    context[i] += share * weight * value / value.pow(2).mean().sqrt()
-                    found += share * weight * state / H
+                    value = value / value.pow(2).mean().sqrt()
+                    context[i] += share * weight * value
+                    found += share * weight * value / H
         if hop + 1 < config.hops:
             added = added + layer.hop_query[hop](found)
         torch.testing.assert_close(out.asked[hop][0].exp(), over_all, rtol=1e-3, atol=1e-4)
@@ -338,6 +339,18 @@ def test_a_bad_question_is_refused_with_a_sentence(full, bad):
     for ask in (full.recall, full.answer):
         with pytest.raises((InputError, TypeError) if bad in (None, 7) else InputError):
             ask(bad)
+
+
+def test_the_longest_question_leaves_room_for_its_answer(full):
+    """Catches an answer that runs past the last position the base was trained on, and a limit that is off by one."""
+    context, question = full.gemma.config.max_position_embeddings, "word"
+    while len(full.prompt(question + " x")) <= context - 5:
+        question += " x"
+    fits = context - len(full.prompt(question))
+    full.answer(question, max_new_tokens=fits)
+    for ask in (lambda: full.answer(question, max_new_tokens=fits + 1), lambda: full.answer([QUESTIONS[0], question], max_new_tokens=fits + 1)):
+        with pytest.raises(InputError, match=f"at most {context - fits - 1} tokens, got {context - fits}"):
+            ask()
 
 
 # ------------------------------------------------------------------------------------------------------------ training

@@ -1,0 +1,69 @@
+"""Put the measured figures into README.md: python -m bench.readme   (no figure there is typed by hand; --check only compares)
+
+Reads what other commands wrote: bench/results/NAME.json (python -m bench.recall --out …, copied there), and the logs of the
+shipped memories. Replaces what stands between `<!-- figures: X -->` and `<!-- end -->`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from bench.common import table
+from bench.recall import report
+from gemma import InputError, replacing
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+MEMORIES = {"tiny": ROOT / "tiny" / "memory", "gemma-3-270m": ROOT / "extras" / "gemma-3-270m"}
+
+
+def recall(name):
+    """The recall tables of one result file, under the command and the machine that made them."""
+    result = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    head, first, _, refused = report({"recall": result["recall"]}).split("\n\n")[:4]
+    lead = re.sub(r" --out \S+", "", result["command"])
+    return f"`{lead}`, {result['hardware']}, {result['seconds']['total']:.0f} s. {head} (95% intervals):\n\n{first}"
+
+
+def training(_):
+    """What the logs of the shipped memories say about how they were made."""
+    rows = []
+    for name, folder in MEMORIES.items():
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        made = json.loads((folder / "memory.json").read_text())["trained"]
+        kept = next(line for line in log if line["step"] == made["step"])
+        rows.append([name, f"{made['step'] * made['batch'] / 1e6:.1f} million", f"{kept['seconds']:.0f} s",
+                     f"{log[-1]['examples_per_second']:,}"] +
+                    [f"{made['held_out'][N]['lookup']:.0%} / {made['held_out'][N]['first']:.0%}" for N in ("16", "64")])
+    return table(["memory", "questions learnt from", "training", "questions a second", "16 facts: lookups / right episode", "64 facts"], rows)
+
+
+def filled(text):
+    """README text with every block of figures made anew."""
+    def block(match):
+        what, _, name = match[1].partition(" ")
+        return f"<!-- figures: {match[1]} -->\n{dict(recall=recall, training=training)[what](name)}\n<!-- end -->"
+    return re.sub(r"<!-- figures: ([\w. -]+?) -->.*?<!-- end -->", block, text, flags=re.S)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="example: python -m bench.readme --check")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 2 if README.md is not up to date")
+    check = parser.parse_args(arguments).check
+    readme = ROOT / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    new = filled(old)
+    if check and new != old:
+        raise InputError("README.md does not hold the figures of bench/results; run python -m bench.readme.")
+    if not check:
+        with replacing(readme) as temporary:
+            temporary.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
