@@ -429,8 +429,9 @@ class Bench:
     def nulls(self, split, N, questions, **options):
         """Replies to a mix of answerable and unanswerable questions: (answerable, unanswerable)."""
         cell = [(remember(self.model, facts), asked) for facts, asked in mixed(self.world(split, "mixed", N), N, questions)]
-        replies = self.ask(cell, **options)
-        return [r for r in replies if r.asked["support"]], [r for r in replies if not r.asked["support"]]
+        known = self.ask([(view, [q for q in asked if q["support"]]) for view, asked in cell], **options)
+        unknown = self.ask([(view, [q for q in asked if not q["support"]]) for view, asked in cell], max_new_tokens=1)
+        return known, unknown
 
     def refusal(self):
         self.result["refusal"] = dict(threshold=self.threshold, rows=[])
