@@ -17,12 +17,15 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import sys
 import time
 import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: threads that spin starve one another on busy cores
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +48,7 @@ class TrainConfig:
     variant: str = field(default="graph", metadata={"help": "the design of the memory; graph is the only one so far"})
     model: str = field(default="tiny", metadata={"help": "the base: tiny, gemma-3-270m, a folder, or a Hub id"})
     out: str = field(default="out/memory", metadata={"help": "folder for the trained memory, its checkpoint and log"})
-    steps: int = field(default=400, metadata={"help": "optimizer steps"})
+    steps: int = field(default=250, metadata={"help": "optimizer steps"})
     batch: int = field(default=128, metadata={"help": "R: questions a step"})
     accumulate: int = field(default=1, metadata={"help": "batches whose gradients are added up to one step"})
     bundles: int = field(default=6000, metadata={"help": "P: bundles of sentences and questions in the pool"})

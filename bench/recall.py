@@ -100,34 +100,37 @@ def side_by_side(views):
 
 def room_for(longest):
     """How many new tokens an answer may take when the longest true one has so many: what is longer is wrong anyway."""
-    return longest * 3 // 2 + 4
+    return 2 * longest + 4
 
 
 def ask(model, cell, batch=64, max_new_tokens=None):
     """Ask snapshots of memories, never letting the model refuse. cell: list of (snapshot, asked). Returns a list of Reply.
 
     `batch` questions at once, of several memories if these are small: a memory of four facts answers few questions, and two
-    rows take as long as sixty.
+    rows take as long as sixty. Questions with long answers go together, so that short ones need not wait for them.
     """
-    rows = [(view, q) for view, asked in cell for q in asked]
-    longest = max((len(model.tokenizer.encode(q["answer"], bos=False)) for _, q in rows), default=0)
-    replies, threshold, own = [], model.config.null_threshold, model._open
+    rows = [(view, q, len(model.tokenizer.encode(q["answer"], bos=False))) for view, asked in cell for q in asked]
+    replies, threshold, own = [None] * len(rows), model.config.null_threshold, model._open
+    order = sorted(range(len(rows)), key=lambda i: rows[i][2])
     model.config.null_threshold = math.inf
     try:
-        while rows:
-            part = rows[:batch]
-            if len(part) * part[0][0].valid.shape[1] > 30_000:     # large ones by themselves: their keys are not to be copied
-                part = [row for row in part if row[0] is part[0][0]]
-            rows = rows[len(part):]
-            together = side_by_side([view for view, _ in part])
+        while order:
+            view, part = rows[order[0]][0], order[:batch]
+            if len(part) * view.valid.shape[1] > 30_000:           # large ones by themselves: their keys are not to be copied
+                part = [i for i in order if rows[i][0] is view][:batch]
+            taken = set(part)
+            order = [i for i in order if i not in taken]
+            together = side_by_side([rows[i][0] for i in part])
             model._open = lambda: vars(model.injection).update(view=together, reading=None)
-            said = model.answer([q["question"] for _, q in part], max_new_tokens=max_new_tokens or room_for(longest))
+            said = model.answer([rows[i][1]["question"] for i in part],
+                                max_new_tokens=max_new_tokens or room_for(max(rows[i][2] for i in part)))
             weights = model.weights().float()                                              # (B, N + 1)
             best = weights[:, :-1].topk(min(5, weights.shape[1] - 1)).indices.tolist()
-            for (_, q), text, null, top in zip(part, said, weights[:, -1].tolist(), best):
+            for i, text, null, top in zip(part, said, weights[:, -1].tolist(), best):
                 # The last fact of two hops holds the answer; the first only leads there.
+                q = rows[i][1]
                 holders = q["support"] if q["kind"] == "list" else q["support"][-1:]
-                replies.append(Reply(q, text, null, top[0] in holders, bool(holders) and set(holders) <= set(top)))
+                replies[i] = Reply(q, text, null, top[0] in holders, bool(holders) and set(holders) <= set(top))
     finally:
         model.config.null_threshold, model._open = threshold, own
     return replies
@@ -560,7 +563,7 @@ class Bench:
         model, args, result = self.model, self.args, self.result["locality"]
         if not N:
             length = min(256 if not args.quick else 64, model.gemma.config.max_position_embeddings)
-            self.text, result["text"] = ordinary_text(model, 4 if args.quick else 32 if self.model.gemma.device.type == "cpu" else 128,
+            self.text, result["text"] = ordinary_text(model, 4 if args.quick else 16 if model.gemma.device.type == "cpu" else 128,
                                                       length, args.text, args.seed)
             result.update(tokens=self.text[:, 1:].numel(), base=perplexity(model.gemma, self.text))
         facts = self.world("test", "locality", N).memory(N, 1)[0] if N else []
@@ -617,7 +620,7 @@ class Bench:
             else:
                 contexts = [lines(facts[i] for i in q["support"]) if method != NOTHING else "" for q in asked]
             groups.append([(prompt_with(model, q["question"], shots + context), q["answer"]) for q, context in zip(asked, contexts)])
-        if method not in (ALL, ALL_SHOTS) or N <= 16:
+        if method not in (ALL, ALL_SHOTS) or N <= (16 if model.gemma.device.type == "cuda" else 4):
             groups = [sum(groups, [])]                             # short prompts: no need to go memory by memory
         longest = max(len(model.tokenizer.encode(truth, bos=False)) for group in groups for _, truth in group)
         limit = min(self.args.prompt_tokens, model.gemma.config.max_position_embeddings) - room_for(longest)
