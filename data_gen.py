@@ -13,7 +13,7 @@ How the file goes, top to bottom:
   * `World.bundle()` tells one to five attributes of a subject in one to six sentences, and asks about them
   * `World.memory()` weaves bundles with distinct subjects into one memory; `World.example()` is a line of the JSONL
 
-Templates have holes: {p} the subject ({P} where a sentence starts), {v} the value, {Sub} {sub} {Poss} {poss} {obj} pronouns,
+Templates have holes: {a} the noun of an open attribute, {p} the subject ({P} where a sentence starts), {v} the value, {Sub} {sub} {Poss} {poss} {obj} pronouns,
 {q} a second person, {f} a whole sentence. Patterns of values have holes named after lists and other patterns, and # stands
 for a digit, ^ for a digit but 0, ? for a capital letter, * for a small one, ~ for a hexadecimal digit.
 """
@@ -39,16 +39,20 @@ SPLITS = ("train", "validation", "test")
 HERE = Path(__file__).resolve().parent
 
 # How often what is drawn. With these, about half of all questions are lookups.
-TWO_HOP, NOISE = 0.13, 0.05                 # bundles on two related persons; bundles that answer nothing
+TWO_HOP, NOISE = 0.20, 0.05                 # bundles on two related persons; bundles that answer nothing
 PERSON, FIRST_PERSON = 0.62, 0.10           # of the others, those on a person; of these, those on "I"
 TWIN = 0.28                                 # two subjects with similar names and the same attributes: hard negatives
 ATTRIBUTES = {1: 0.36, 2: 0.36, 3: 0.18, 4: 0.07, 5: 0.03}                      # how many are told of a subject
 WAYS = dict(plain=0.47, joined=0.08, mentioned=0.10, continued=0.12, update=0.23)  # how one is told: see World.tell
-LIST = 0.7                                  # an attribute that may have two values is told with two
+OPEN_ATTRIBUTE = 0.3                        # attributes that are any noun: "Maria's tax advisor is 4821"
+LIST = 0.45                                 # an attribute that may have two values is told with two
 SECOND_QUESTION, UNANSWERABLE = 0.3, 0.75   # a second phrasing; one more question, that can't be answered,
 UNKNOWN = 0.3                               # because its subject is unknown (else: the attribute wasn't told)
 INVENTED, OPEN_VALUE = 0.18, 0.5            # names, and values, that no list holds
 QUOTED, WRAPPED = 0.1, 0.12                 # values in quotes; facts inside a longer utterance
+FILLED, WORN = 0.2, 0.15                    # sentences with a filler, "I think", somewhere; and without some small word
+SMALL = {"the", "a", "an", "is", "was", "that", "so", "just", "now", "and", "of", "to", "has", "it's"}
+LEANING = SMALL | {"my", "in", "on", "at", "for", "with", "by", "from", "as", "no", "not", "what", "which", "whose"}   # on the word after
 FORCED = dict(lookup=["plain"], coreference=["mentioned", "continued"], update=["update"], list=["list"])
 MOST_SENTENCES = 6                          # about one subject
 FEWEST_FACTS = dict(lookup=1, update=2, coreference=2, two_hop=2, list=2, unanswerable=1)
@@ -133,6 +137,11 @@ def within(frame, template):
     return before + template + ("." if after and template[-1] not in '.!?"' else "") + after
 
 
+def joining(pronoun):
+    """Of the templates with pronouns, those that may follow ", and"."""
+    return [template[0] + template[1].lower() + template[2:] for template in pronoun if template.startswith(("{Sub}", "{Poss}"))]
+
+
 def with_pronouns(template, gender):
     for hole, word in zip(PRONOUN_HOLES, PRONOUNS[gender]):
         template = template.replace(hole, word)
@@ -211,7 +220,8 @@ class World:
                 quoted=4 * QUOTED if entry["values"][0].endswith("_title") else QUOTED,
                 clashes={entry["name"]}.union(*(group for group in data["confusable"] if entry["name"] in group)),
                 joinable=list(filter(JOINABLE.fullmatch, sections["facts"])),
-                joining=[t[0] + t[1].lower() + t[2:] for t in sections["pronoun"] if t.startswith(("{Sub}", "{Poss}"))]))
+                joining=joining(sections["pronoun"])))
+        self.open_attributes = {kind: SimpleNamespace(**templates(entry)) for kind, entry in data["open_attributes"].items()}
         self.kinds = [kind for kind, attributes in self.attributes.items() for _ in attributes if kind != "person"]
         self.relations = [SimpleNamespace(**{**entry, **templates(entry)}) for entry in data["relations"]]
         self.prose = templates(data["prose"])
@@ -279,8 +289,8 @@ class World:
         return Subject(name, "it", kind, name.lower())
 
     def lookalike(self, subject):
-        """Another subject of the same type whose name differs in one word, or in one letter of it."""
-        while True:
+        """Another subject of the same type whose name differs in one word, or in one letter of it, if this split has such a name."""
+        for _ in range(60):
             words, chance, at = subject.name.split(" "), self.random(), -1
             if subject.type != "person" and chance < 0.7:
                 at = self.pick([i for i, word in enumerate(words) if len(word) > 3] or [-1])
@@ -292,15 +302,35 @@ class World:
                 word = words[-1]
                 at = len(word) - 1 - int(self.random() * max(1, len(word) - 1))
                 words[-1] = word[:at] + self.pick("aeiou" if word[at] in "aeiou" else "bdfgklmnprstvz") + word[at + 1:]
+                if split_of(words[-1]) != self.split:
+                    continue
             name = " ".join(words)
             key = (name if subject.key == subject.name.lower() else words[-1]).lower()
             if key != subject.key and key not in self.foreign:
                 return subject._replace(name=name, key=key)
+        other = subject
+        while other.key == subject.key:
+            other = self.person(subject.gender) if subject.type == "person" else self.thing(subject.type)
+        return other
 
     # ---------------------------------------------------------------------------------------------------- sentences
 
+    def wear(self, template):
+        """A template as people talk: with a filler between two of its words, or without one of its small ones."""
+        words, chance = template.split(" "), self.random()
+        if len(words) < 4:
+            return template
+        at = 1 + int(self.random() * (len(words) - 1))
+        if chance < FILLED and words[at - 1].lower() not in LEANING and not words[at - 1].endswith("'s"):
+            filler, comma = self.pick(self.prose["fillers"]), self.random() < 0.6 and words[at - 1][-1] not in ".,;:!?"
+            words[at - 1:at] = [words[at - 1] + "," * comma, filler + "," * comma]
+        elif FILLED <= chance < FILLED + WORN and words[at] in SMALL:
+            del words[at]
+        return " ".join(words)
+
     def say(self, template, subject, value="", quoted=0.0):
         """A sentence or question from a template, with the noise of real writing. The value itself is never touched."""
+        template = self.wear(template)
         if quoted and self.random() < quoted and '"' not in template and QUOTABLE.search(template):
             template = template.replace("{v}", '"{v}"')
         name, chance, end = subject.name, self.random(), template[-1]
@@ -329,7 +359,10 @@ class World:
         """What is told of a subject, and how: list of (way, attributes). `kind`: the first one must allow such a question."""
         pool, told, names = self.attributes[subject.type], [], set()
         for _ in range(self.weighted(ATTRIBUTES)):
-            attribute = self.pick(pool if told or kind != "list" else [a for a in pool if a.also])
+            if (told or kind != "list") and self.random() < OPEN_ATTRIBUTE:
+                attribute = self.open_attribute(subject.type)
+            else:
+                attribute = self.pick(pool if told or kind != "list" else [a for a in pool if a.also])
             if attribute.clashes.isdisjoint(names):
                 told.append(attribute)
                 names.add(attribute.name)
@@ -440,11 +473,20 @@ class World:
             questions += self.ask(attribute, subject, "", [], "unanswerable")[:1]
         return self.finish(chunks, questions, keys)
 
+    def open_attribute(self, kind):
+        """An attribute named by any noun of the list, with templates that fit every noun ({a})."""
+        open_ = self.open_attributes["person" if kind == "person" else "thing"]
+        noun = self.pick(open_.nouns)
+        sections = {section: [template.replace("{a}", noun) for template in templates]
+                    for section, templates in vars(open_).items() if section != "nouns"}
+        return SimpleNamespace(**sections, also=[], name=noun, types=self.open, quoted=QUOTED, clashes={noun},
+                               joinable=list(filter(JOINABLE.fullmatch, sections["facts"])), joining=joining(sections["pronoun"]))
+
     def untold(self, subject, told):
         """An attribute that can't be taken for one of those told; None if there is hardly any."""
         names = {attribute.name for attribute in told}
         for _ in range(20):
-            attribute = self.pick(self.attributes[subject.type])
+            attribute = self.open_attribute(subject.type) if self.random() < OPEN_ATTRIBUTE else self.pick(self.attributes[subject.type])
             if attribute.clashes.isdisjoint(names):
                 return attribute
 
@@ -460,7 +502,7 @@ class World:
         link, taken = [self.say(template, one, other.name)], {other.name}
         plan = []
         while not plan:
-            plan = [("plain", told[:1]) for _, told in self.plan(other, None)[:2] if relation.name not in told[0].clashes]
+            plan = [("plain", told[:1]) for _, told in self.plan(other, None)[:2] if told[0].clashes.isdisjoint((relation.name, relation.phrase))]
         chunks, questions = self.tell(other, plan, taken)
         told, stories = [attribute for _, (attribute,) in plan], [[[link]], chunks]
         by_way = one._replace(name=f"{one.name}'s {relation.phrase}")

@@ -109,7 +109,7 @@ def why(model, at_most=5):
     graph = model.memory_graph
     if not len(graph):
         return ["nothing is remembered"]
-    hops = [asked[0].exp().mean(0).tolist() for asked in model.injection.reading.asked]              # each (N + 1,), null last
+    hops = [model.weights(hop)[0].tolist() for hop in range(model.config.hops)]                      # each (N + 1,), null last
     shares = sorted(zip(map(max, zip(*hops)), graph.ids, graph.texts), key=lambda row: -row[0])
     bar = lambda share, label, text: f"{share:5.0%} {'█' * round(20 * share):░<20} {label:>4}  {text}"
     return [*(bar(share, i, one_line(text)) for share, i, text in shares[:at_most] if share >= 0.005),

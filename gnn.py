@@ -1,8 +1,8 @@
 """A graph attention network by hand, and the network that turns episodes into keys.
 
 `GATLayer` is the layer of Velickovic et al., "Graph Attention Networks" (https://arxiv.org/abs/1710.10903), on an edge
-list. `EpisodicMemoryGNN` uses one to let an episode hear its neighbours: the sentence before it, which may say who "she"
-is, and later sentences like it, which may have made it out of date.
+list. `EpisodicMemoryGNN` uses one to let an episode hear its neighbours in time: the sentence before it may say who "she"
+is. `SimilarityEdges` let later episodes silence earlier ones that they have made out of date.
 
 Letters: G graphs · N nodes (episodes) of a graph · E edges · D width of a node · H heads · C width of a head.
 """
@@ -84,53 +84,36 @@ class GATLayer(nn.Module):
 
 
 # Edge features, one column each. A self-loop is all zeros.
-PREVIOUS, NEXT, LATER, COSINE = range(4)
-EDGE_FEATURES = 4
+PREVIOUS, NEXT = range(2)
+EDGE_FEATURES = 2
 
 
-def time_and_similarity_edges(similar, cosine, valid, time_edges=True):
-    """The edge list of G episode graphs, nodes numbered g * N + n in the order they were told.
+def time_edges(valid):
+    """The edges in time of G episode graphs, nodes numbered g * N + n in the order they were told.
 
-    similar (G, N, S): for each node up to S later nodes most like it, -1 for none; cosine (G, N, S); valid (G, N) bool.
-    Returns edge_index (2, E), edge_attr (E, EDGE_FEATURES). An edge points to the node that listens:
-
-        previous -> node    who "she" is            next -> node    what it led to
-        later similar -> node    "Maria moved to Oslo" tells "Maria lives in Lisbon" that its time is over
+    valid (G, N) bool. Returns edge_index (2, E), edge_attr (E, EDGE_FEATURES). An edge points to the node that listens:
+    previous -> node says who "she" is, next -> node what it led to.
     """
-    G, N, S = similar.shape
+    G, N = valid.shape
     node = torch.arange(G * N, device=valid.device).view(G, N)
-    sources, targets, attrs = [], [], []
-
-    def add(source, target, keep, column, cos=None):
-        features = torch.zeros(*source.shape, EDGE_FEATURES, device=valid.device)
-        features[..., column] = 1.0
-        if cos is not None:
-            features[..., COSINE] = cos
-        sources.append(source[keep]), targets.append(target[keep]), attrs.append(features[keep])
-
-    if time_edges:
-        both = valid[:, 1:] & valid[:, :-1]
-        add(node[:, :-1], node[:, 1:], both, PREVIOUS)
-        add(node[:, 1:], node[:, :-1], both, NEXT)
-    if S:
-        keep = (similar >= 0) & valid[..., None]
-        first = node[:, :1, None]                                   # number of each graph's first node
-        add(similar.clamp(min=0) + first, node[..., None].expand(G, N, S), keep, LATER, cosine)
-    if not sources:
-        return torch.zeros(2, 0, dtype=torch.long, device=valid.device), torch.zeros(0, EDGE_FEATURES, device=valid.device)
-    return torch.stack((torch.cat(sources), torch.cat(targets))), torch.cat(attrs)
+    both = valid[:, 1:] & valid[:, :-1]
+    earlier, later = node[:, :-1][both], node[:, 1:][both]
+    kind = torch.eye(EDGE_FEATURES, device=valid.device).repeat_interleave(len(earlier), dim=0)
+    return torch.stack((torch.cat((earlier, later)), torch.cat((later, earlier)))), kind
 
 
 class EpisodicMemoryGNN(nn.Module):
-    """Node features -> keys; a query -> weights over the episodes, with a null episode for "none of them".
+    """Node features -> keys; a query -> weights over the episodes, with a null episode for "none of them", and what they hold.
 
-    A key is what the episode says, plus what its neighbours make of it:
+    A key is what the episode says, plus what its neighbours in time make of it:
         key = normalise(own + gate * W GAT(neighbourhood))
     `own` is a linear map of the node's features. GAT scores are additive, so a node can't decide by them how much it wants
     to listen; the gate, a function of the node alone, does ("I begin with 'she': tell me who came before").
+
+    Similarity edges are drawn when a question is asked, among the episodes that might answer it: see `still_true`.
     """
 
-    def __init__(self, in_dim, heads=4, key_dim=128, gat_dim=64, use_graph=True, cosine_keys=True):
+    def __init__(self, in_dim, heads=4, key_dim=96, gat_dim=32, use_graph=True, cosine_keys=True):
         super().__init__()
         self.heads, self.key_dim, self.use_graph, self.cosine_keys = heads, key_dim, use_graph, cosine_keys
         # What every sentence has in common is most of its mean state (cosines of 0.98 between any two): taken out first.
@@ -139,7 +122,7 @@ class EpisodicMemoryGNN(nn.Module):
         self.own = nn.Linear(in_dim, heads * key_dim, bias=False)
         if use_graph:
             self.gat = GATLayer(in_dim, gat_dim, heads, EDGE_FEATURES, edge_messages=True)
-            self.gate = nn.Linear(in_dim, heads * gat_dim)
+            self.gate = nn.Linear(in_dim, heads)
             self.heard = nn.Linear(heads * gat_dim, heads * key_dim, bias=False)
         self.null_key = nn.Parameter(torch.randn(heads, key_dim) / math.sqrt(key_dim))
         self.log_temperature = nn.Parameter(torch.full((heads,), math.log(8.0)))
@@ -147,17 +130,13 @@ class EpisodicMemoryGNN(nn.Module):
     def standardise(self, x):
         return ((x.float() - self.mean) / self.std).clamp(-10, 10)
 
-    def own_keys(self, x):
-        """(..., D) node features -> (..., H * C), unnormalised: what an episode says by itself."""
-        return self.own(self.standardise(x))
-
     def keys(self, x, edge_index, edge_attr):
         """x (N, D) node features -> keys (N, H, C), of length 1 with `cosine_keys`."""
-        key = self.own_keys(x)
+        x = self.standardise(x)
+        key = self.own(x)
         if self.use_graph:
-            x = self.standardise(x)
-            heard = self.gat(x, edge_index, edge_attr) * torch.sigmoid(self.gate(x))
-            key = key + self.heard(heard)
+            heard = self.gat(x, edge_index, edge_attr).unflatten(-1, (self.heads, -1))
+            key = key + self.heard((heard * torch.sigmoid(self.gate(x))[..., None]).flatten(-2))
         key = key.view(*key.shape[:-1], self.heads, self.key_dim)
         return F.normalize(key.float(), dim=-1) if self.cosine_keys else key.float()
 
@@ -170,10 +149,11 @@ class EpisodicMemoryGNN(nn.Module):
             return torch.full((*count.shape, self.heads), self.key_dim ** -0.5, device=count.device)
         return self.log_temperature.exp() * (torch.log(count.float() + 2) / math.log(18))[:, None]
 
-    def log_weights(self, query, keys, valid, count):
+    def log_weights(self, query, keys, valid, count, evidence=None):
         """Attention of queries over episodes and null, as log-probabilities.
 
-        query (G, S, H, C), keys (G, N, H, C), valid (G, N) bool, count (G,) episodes stored -> (G, S, H, N + 1), null last.
+        query (G, S, H, C), keys (G, N, H, C), valid (G, N) bool, count (G,) episodes stored, evidence (G, H, N): what else
+        speaks for an episode, added to its score -> (G, S, H, N + 1), null last.
         """
         query = F.normalize(query.float(), dim=-1) if self.cosine_keys else query.float()
         with torch.autocast(query.device.type, enabled=False):   # bf16 can't tell a cosine of 0.998 from 0.995
@@ -181,22 +161,40 @@ class EpisodicMemoryGNN(nn.Module):
         null_key = F.normalize(self.null_key, dim=-1) if self.cosine_keys else self.null_key
         null = torch.einsum("gshc,hc->gsh", query, null_key)[..., None]
         scores = torch.cat((scores, null), -1) * self.scale(count)[:, None, :, None]
+        if evidence is not None:
+            scores = scores + F.pad(evidence, (0, 1))[:, None]
         # Masked after scaling: -inf times the temperature would make the temperature's gradient 0 * inf.
         return scores.masked_fill(~F.pad(valid, (0, 1), value=True)[:, None, None], -torch.inf).log_softmax(-1)
 
+    @staticmethod
+    def pooled_context(log_weights, inside, values):
+        """What the attention finds: log_weights (R, T, H, k + 1), null last and worth nothing; inside (R, T, H, k, M), the
+        attention over the tokens of each episode; values (R, k * M, D) -> context (R, T, H, D)."""
+        mass = log_weights[..., :-1].exp()[..., None].to(inside.dtype) * inside
+        return torch.einsum("rthn,rnd->rthd", mass.flatten(3), values.to(mass.dtype))
 
-def most_similar_later(own, valid, S, floor=0.5):
-    """For each node up to S later nodes of its graph whose own keys are most like its own.
 
-    own (G, N, D), valid (G, N) -> similar (G, N, S) int64, -1 where none is above `floor`; cosine (G, N, S).
-    Two episodes that would answer the same question have the same key, so this is where updates show.
+class SimilarityEdges(nn.Module):
+    """Which of the episodes that might answer a question are out of date: messages from later ones to earlier ones.
+
+    "Maria moved to Oslo" silences "Maria lives in Lisbon" if both answer the question equally well and are alike. That
+    depends on the question, so these edges are drawn when it is asked, among its candidates only. The score of an edge is
+    additive, as in a GAT: how much better the later one fits, how alike the two are, what each says ("also" replaces nothing).
     """
-    own = F.normalize(own.float(), dim=-1)
-    cosine = torch.einsum("gnd,gmd->gnm", own, own)
-    N = own.shape[1]
-    later = torch.ones(N, N, dtype=torch.bool, device=own.device).triu(1)
-    cosine = cosine.masked_fill(~(later & valid[:, None, :] & valid[:, :, None]), -torch.inf)
-    best, similar = cosine.topk(min(S, N), dim=-1)
-    similar = similar.masked_fill(best < floor, -1)
-    best = best.masked_fill(best < floor, 0.0)
-    return F.pad(similar, (0, S - similar.shape[-1]), value=-1), F.pad(best, (0, S - best.shape[-1]))
+
+    def __init__(self, in_dim):
+        super().__init__()
+        self.says = nn.Linear(in_dim, 2)                        # "I replace what was", "I can be replaced"
+        self.fits = nn.Parameter(torch.tensor(10.0))
+        self.alike = nn.Parameter(torch.tensor(4.0))
+        self.bias = nn.Parameter(torch.tensor(-5.0))
+
+    def forward(self, match, keys, nodes, episodes):
+        """match (R, k) how well each fits the question, keys (R, k, H, C), nodes (R, k, D) standardised features, episodes
+        (R, k) their places in time -> (R, k): log of how likely none of the others has replaced it."""
+        alike = torch.einsum("rihc,rjhc->rij", keys, keys) / keys.shape[2]
+        replaces, replaced = self.says(nodes).float().unbind(-1)
+        score = (self.fits * (match[:, None] - match[..., None]) + self.alike * alike
+                 + replaces[:, None] + replaced[..., None] + self.bias)                        # (R, i, j): j replaces i
+        later = episodes[:, None] > episodes[..., None]
+        return -(F.softplus(score) * later).sum(-1)             # the product of 1 - sigmoid(score) over later ones

@@ -1,17 +1,19 @@
 """An episodic memory for a frozen Gemma: the store, the injection layer, and `GemmaWithMemory`, which joins them.
 
     facts    -> Gemma layers 1-8 -> token states -> mean -> GNN -> keys of the episodes
-    question -> Gemma layers 1-8 -> h --query--> which episodes? -> which of their tokens? -> h + what was read
+    question -> Gemma layers 1-8 -> h --query--> which episodes? -> do their words match? -> which tokens? -> h + what was read
                                                               -> Gemma layers 9 onward -> answer
 
-Three ideas do the work; `bench/ladder.py` measures what each is worth:
+Four ideas do the work; `bench/ladder.py` measures what each is worth:
   * the reader first chooses episodes, then tokens inside them: one vector per sentence can't carry a code or a name;
+  * nor can it tell Juraj from Juzaj: the best candidates are compared with the question word by word;
   * what it reads of a token is that token's row of the embedding table, through a map that starts as a small identity:
     the frozen output head is the same table, so the memory speaks its language from the first step;
   * a null episode, whose value is nothing, takes the attention when no episode answers: so the memory can be silent.
 
 Letters: G memories of a batch (1 outside of training) · R rows, R / G questions to each memory · T tokens of a row ·
-N episodes · k candidates · M tokens of an episode · H heads · D hidden size · C head width.
+N episodes · k candidates, of which some are read · M tokens of an episode · H heads · D hidden size · F = 2 D features of a
+token · C head width.
 """
 
 import sys
@@ -27,7 +29,7 @@ from tqdm import tqdm
 
 from gemma import (BOS, END_OF_TURN, EOS, PAD, Gemma, Injection, InputError, Places, Tokenizer, find_model, read_json,
                    replacing, write_json)
-from gnn import EpisodicMemoryGNN, most_similar_later, time_and_similarity_edges
+from gnn import EpisodicMemoryGNN, SimilarityEdges, time_edges
 
 DONT_KNOW = "I don't know."
 HERE = Path(__file__).resolve().parent
@@ -40,20 +42,24 @@ class MemoryConfig:
 
     inject_after: int = 8            # the decoder layer, counted from 1, whose output asks and is added to
     heads: int = 4                   # H: each with its own key, token key and value map
-    key_dim: int = 128               # C of episode keys
-    token_key_dim: int = 64          # C of token keys
-    gat_dim: int = 64                # C of the graph attention
-    candidates: int = 8              # k: episodes whose tokens a question may read
+    key_dim: int = 96                # C of episode keys
+    token_key_dim: int = 48          # C of token keys
+    gat_dim: int = 32                # C of the graph attention
+    candidates: int = 16             # k: episodes that are compared with the question word by word
+    readable: int = 4                # how many of these are then read
     hops: int = 2                    # 2: what the first reading found is added to the query, which then asks again
-    node_features: str = "hidden"    # "hidden": mean state after inject_after; "embedding": mean embedding (the plan's)
+    node_features: str = "both"      # "hidden": mean state after inject_after; "embedding": mean embedding (the plan's); "both"
     query: str = "token"             # "token": every position asks for itself; "pooled": one question for all (the plan's)
     read: str = "token"              # "token": attention inside an episode; "episode": its mean alone (the plan's)
+    match: bool = True               # False: candidates are ranked by their keys alone
+    said: bool = True                # False: readers don't know which words of an episode the question has said itself
     graph: bool = True               # False: keys without the GAT
-    time_edges: bool = True          # previous <-> next
-    similar_edges: int = 2           # to how many later, similar episodes a node listens; 0 for none
+    time_edges: bool = True          # previous <-> next; and a pronoun's sentence borrows the words of the two before it
+    similar_edges: bool = True       # later candidates may silence earlier ones
     cosine_keys: bool = True         # False: plain dot products
     identity_values: bool = True     # value maps start as identity x value_scale; False: as small random matrices
     value_scale: float = 0.05
+    dropout: float = 0.1             # of features, while training
     null_threshold: float = 0.5      # answer() says it doesn't know when the null weight is above; chosen on validation data
     chat: bool = False               # questions as Gemma's chat turns (instruction-tuned base) instead of "Question: … Answer:"
 
@@ -68,9 +74,9 @@ class MemoryConfig:
                 raise InputError(f"{source}: unexpected memory setting {name} = {value!r}; restore the file that was saved.")
         config = cls(**raw)
         if min(config.inject_after, config.heads, config.key_dim, config.token_key_dim, config.gat_dim, config.candidates,
-               config.hops) < 1 or config.similar_edges < 0:
+               config.readable, config.hops) < 1:
             raise InputError(f"{source}: memory settings must be positive; restore the file that was saved.")
-        for name, choices in (("node_features", ("hidden", "embedding")), ("query", ("token", "pooled")), ("read", ("token", "episode"))):
+        for name, choices in (("node_features", ("both", "hidden", "embedding")), ("query", ("token", "pooled")), ("read", ("token", "episode"))):
             if getattr(config, name) not in choices:
                 raise InputError(f"{source}: expected {name} to be one of {', '.join(choices)}, got {getattr(config, name)!r}.")
         return config
@@ -79,7 +85,8 @@ class MemoryConfig:
 # ------------------------------------------------------------------------------------------------------- the store
 
 class TokenStore:
-    """Tokens of many episodes, end to end, without padding: ids (all,), keys (all, H * C), and where each episode lies.
+    """Tokens of many episodes, end to end, without padding: ids (all,), keys (all, 2 * H * C): those that are read by, then
+    those that are matched by; and where each episode lies.
 
     The <bos> that every episode was encoded with is left out: its state is an outlier that would drown the others.
     """
@@ -98,20 +105,21 @@ class TokenStore:
 
 @dataclass
 class MemoryView:
-    """What the injection layer sees of G memories: keys (G, N, H, C), valid (G, N), and where their tokens are."""
+    """What the injection layer sees of G memories, each in the order it was told."""
 
-    keys: torch.Tensor
-    valid: torch.Tensor
+    keys: torch.Tensor               # (G, N, H, C)
+    nodes: torch.Tensor              # (G, N, D) standardised features
+    valid: torch.Tensor              # (G, N)
     episodes: torch.Tensor           # (G, N) rows of `tokens`
     tokens: TokenStore
 
 
 class EpisodeGraph:
-    """The episodes of one memory in the order they were told, and the links between them, as tensors.
+    """The episodes of one memory in the order they were told, as tensors.
 
-    Edges are not stored: time edges follow from the order, similarity edges from `similar`. `keys` are worked out at the
-    next question after a change and kept until the next change; while training, whose every step is one, they are not kept.
-    `states` (all tokens, D) stay so that the tokens' keys can be worked out anew when the weights have changed.
+    Edges are not stored: those in time follow from the order, those of similarity are drawn when a question is asked. `keys`
+    are worked out at the next question after a change and kept until the next change; while training, whose every step is
+    one, they are not kept. `states` (all tokens, D) stay so that keys can be worked out anew when the weights have changed.
     """
 
     def __init__(self, config, hidden_size, device):
@@ -122,12 +130,9 @@ class EpisodeGraph:
     def clear(self, hidden_size):
         long = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=self.device)
         self.ids, self.texts = [], []
-        self.tokens = TokenStore(long(0), torch.zeros(0, self.config.heads * self.config.token_key_dim, device=self.device), long(0))
+        self.tokens = TokenStore(long(0), torch.zeros(0, 2 * self.config.heads * self.config.token_key_dim, device=self.device), long(0))
         self.states = torch.zeros(0, hidden_size, device=self.device)                      # (all tokens, D)
-        self.nodes = torch.zeros(0, hidden_size, device=self.device)                       # (N, D)
-        self.own = torch.zeros(0, self.config.heads * self.config.key_dim, device=self.device)
-        self.similar = long(0, self.config.similar_edges)                                  # (N, S) rows, -1 for none
-        self.cosine = torch.zeros(0, self.config.similar_edges, device=self.device)        # (N, S)
+        self.nodes = torch.zeros(0, node_width(self.config, hidden_size), device=self.device)   # (N, D or 2 D)
         self.keys = None
 
     def __len__(self):
@@ -140,45 +145,20 @@ class EpisodeGraph:
         self.ids += new_ids
         self.texts += texts
         lengths = torch.tensor([len(t) for t in token_ids], device=self.device)
-        states = torch.cat(states)
+        token_ids, states = torch.cat(token_ids), torch.cat(states)
         self.states = torch.cat((self.states.to(states.dtype), states))
-        self.tokens = TokenStore(torch.cat((self.tokens.ids, *token_ids)),
-                                 torch.cat((self.tokens.keys, injection.token_keys(states, lengths))),
+        self.tokens = TokenStore(torch.cat((self.tokens.ids, token_ids)),
+                                 torch.cat((self.tokens.keys, injection.token_keys(token_ids, states, lengths))),
                                  torch.cat((self.tokens.lengths, lengths)))
         self.nodes = torch.cat((self.nodes, nodes))
-        self._relate(injection.gnn)
+        self.keys = None
         return new_ids
 
     @torch.no_grad()
     def refresh(self, injection):
         """Work out again what depends on the trained weights."""
-        self.tokens.keys = injection.token_keys(self.states, self.tokens.lengths)
-        self.own, self.similar, self.cosine = self.own[:0], self.similar[:0], self.cosine[:0]
-        self._relate(injection.gnn)
-
-    @torch.no_grad()
-    def _relate(self, gnn):
-        """Own keys and similarity links of the nodes that have none yet."""
-        before, S = len(self.own), self.config.similar_edges
-        self.own = torch.cat((self.own, F.normalize(gnn.own_keys(self.nodes[before:]), dim=-1)))
-        new = len(self.own) - before
-        self.similar = torch.cat((self.similar, self.similar.new_full((new, S), -1)))
-        self.cosine = torch.cat((self.cosine, self.cosine.new_zeros(new, S)))
-        for start in range(before, len(self.own), 1024) if S else ():       # new rows, a block at a time, against all
-            self._link(torch.arange(len(self.own), device=self.device), start, min(start + 1024, len(self.own)))
+        self.tokens.keys = injection.token_keys(self.tokens.ids, self.states, self.tokens.lengths)
         self.keys = None
-
-    def _link(self, rows, start, stop, floor=0.5):
-        """Let `rows` know of the later episodes start..stop that are most like them, beside those they know already."""
-        S = self.config.similar_edges
-        candidates = torch.arange(start, stop, device=self.device)
-        cosine = self.own[rows] @ self.own[start:stop].T                                   # (rows, stop - start)
-        cosine = cosine.masked_fill((candidates[None, :] <= rows[:, None]) | (cosine < floor), 0.0)
-        best, which = cosine.topk(min(S, stop - start), dim=1)
-        known = torch.cat((self.cosine[rows], best), 1)
-        names = torch.cat((self.similar[rows], (which + start).masked_fill(best == 0, -1)), 1)
-        self.cosine[rows], order = known.topk(S, dim=1)
-        self.similar[rows] = names.gather(1, order)
 
     def forget(self, episode_id):
         """Remove an episode; its neighbours in time become each other's. Raises InputError for an unknown id."""
@@ -191,13 +171,7 @@ class EpisodeGraph:
         self.states = cut(self.states)
         self.tokens = TokenStore(cut(self.tokens.ids), cut(self.tokens.keys), self.tokens.lengths[keep])
         del self.ids[row], self.texts[row]
-        orphans = (self.similar == row).any(1)[keep].nonzero()[:, 0]       # they listened to it: let them look again
-        self.nodes, self.own, self.similar, self.cosine = (t[keep] for t in (self.nodes, self.own, self.similar, self.cosine))
-        self.similar -= (self.similar > row).long()
-        if len(orphans):
-            self.similar[orphans], self.cosine[orphans] = -1, 0.0
-            for block in range(0, len(self.own), 1024):
-                self._link(orphans, block, min(block + 1024, len(self.own)))
+        self.nodes = self.nodes[keep]
         self.keys = None
 
     def view(self, injection):
@@ -205,24 +179,56 @@ class EpisodeGraph:
         N, training = len(self), injection.training
         valid = torch.ones(1, N, dtype=torch.bool, device=self.device)
         if self.keys is None or training:
-            edges = time_and_similarity_edges(self.similar[None], self.cosine[None], valid, self.config.time_edges)
-            self.keys = injection.gnn.keys(self.nodes, *edges)
+            self.keys = injection.gnn.keys(self.nodes, *injection.edges(valid))
         if training:
-            self.tokens.keys = injection.token_keys(self.states, self.tokens.lengths)
-        return MemoryView(self.keys[None], valid, torch.arange(N, device=self.device)[None], self.tokens)
+            self.tokens.keys = injection.token_keys(self.tokens.ids, self.states, self.tokens.lengths)
+        return MemoryView(self.keys[None], injection.gnn.standardise(self.nodes)[None], valid,
+                          torch.arange(N, device=self.device)[None], self.tokens)
+
+
+def node_width(config, hidden_size):
+    return hidden_size * (2 if config.node_features == "both" else 1)
+
+
+def node_features(config, states, embeddings):
+    """What the mean of is an episode's node: states and embeddings, each (tokens, D) -> (tokens, D or 2 D)."""
+    return {"hidden": states, "embedding": embeddings, "both": torch.cat((states, embeddings), -1)}[config.node_features].float()
 
 
 # ---------------------------------------------------------------------------------------------- the injection layer
 
+LOOKBACK = 2                         # sentences before a pronoun's that may say who is meant
+WORDS = 12                           # the most telling words of a question are compared
+WINDOW = 32                          # tokens that ask together where no prompt is marked
+
+
+@dataclass
+class Question:
+    """What asks: R questions of up to T tokens."""
+
+    features: torch.Tensor           # (R, T, F)
+    mask: torch.Tensor               # (R, T): which tokens belong to the question
+
+    def pool(self):
+        return pooled(self.features, self.mask)[:, None]                                       # (R, 1, F)
+
+    def last(self):
+        """Index of each question's last token, (R,)."""
+        return (self.mask * torch.arange(self.mask.shape[1], device=self.mask.device)).argmax(1)
+
+
 @dataclass
 class Reading:
-    """What a question found. Weights are log-probabilities, the null episode last."""
+    """What a question found. Weights are log-probabilities, the null episode last; lists hold one entry a hop."""
 
     context: torch.Tensor            # (R, T, H, D) what was read, before the value maps
-    asked: list                      # per hop (R, H, N + 1): over all episodes, at the last position of the prompt
-    chosen: list                     # per hop (R, k): the candidates, rows of the memory
-    weights: list                    # per hop (R, T, H, k + 1): over the candidates, at every position
-    token_weights: torch.Tensor      # (R, T, H, k, M): inside each candidate, at the last hop
+    asked: list                      # (R, H, N + 1): over all episodes by their keys, at the last position of the question
+    candidates: list                 # (R, k): the best of them, rows of the memory
+    ranked: list                     # (R, H, k + 1): over the candidates, compared word by word, at the same position
+    chosen: list                     # (R, r): the best of those, rows of the memory
+    weights: list                    # (R, T, H, r + 1): over these, at every position
+    token_ids: torch.Tensor          # (R, r, M) what stands in them; -1 where nothing does; at the last hop
+    token_weights: torch.Tensor      # (R, T, H, r, M): inside each of them, at the last hop
 
 
 class MemoryInjectionLayer(nn.Module, Injection):
@@ -234,100 +240,190 @@ class MemoryInjectionLayer(nn.Module, Injection):
         D, H = hidden_size, config.heads
         self.config = config
         self.table = [embedding]     # in a list, so that it is neither saved nor trained with this module
-        self.gnn = EpisodicMemoryGNN(D, H, config.key_dim, config.gat_dim, config.graph, config.cosine_keys)
+        nodes = node_width(config, D)
+        self.gnn = EpisodicMemoryGNN(nodes, H, config.key_dim, config.gat_dim, config.graph, config.cosine_keys)
         self.register_buffer("state_mean", torch.zeros(D))
         self.register_buffer("state_std", torch.ones(D))
-        linear = lambda width: nn.Linear(D, H * width, bias=False)
+        linear = lambda width: nn.Linear(2 * D, H * width, bias=False)
+        each_hop = lambda make: nn.ModuleList(make() for _ in range(config.hops))
         self.query_own, self.query_pool = linear(config.key_dim), linear(config.key_dim)
-        self.hop_query = nn.ModuleList(linear(config.key_dim) for _ in range(config.hops - 1))
+        self.hop_query = nn.ModuleList(nn.Linear(D, H * config.key_dim, bias=False) for _ in range(config.hops - 1))
         for hop in self.hop_query:
             nn.init.zeros_(hop.weight)                                     # hop 2 starts by asking what hop 1 asked
         if config.read == "token":
-            self.token_query_own = nn.ModuleList(linear(config.token_key_dim) for _ in range(config.hops))
-            self.token_query_pool = nn.ModuleList(linear(config.token_key_dim) for _ in range(config.hops))
+            self.token_query_own = linear(config.token_key_dim)
+            self.token_query_pool = each_hop(lambda: linear(config.token_key_dim))
             self.token_key_own, self.token_key_before = linear(config.token_key_dim), linear(config.token_key_dim)
             self.log_token_temperature = nn.Parameter(torch.full((H,), 5.0).log())
+        if config.match:
+            self.match_query, self.match_key = each_hop(lambda: linear(config.token_key_dim)), linear(config.token_key_dim)
+            self.match_weight = each_hop(lambda: nn.Linear(2 * D, H))
+            self.match_found = nn.ModuleList(nn.Linear(D, H * config.token_key_dim) for _ in range(config.hops - 1))
+            self.match_threshold = nn.Parameter(torch.full((H,), 0.4))
+            self.log_match_temperature = nn.Parameter(torch.full((H,), 8.0).log())
+            if config.said and config.read == "token":
+                self.said_weight = nn.Parameter(torch.tensor([-1.0, 0.0]).repeat(config.hops, H, 1))     # of a token, of the one before
+            if config.time_edges:
+                self.lookback = nn.Linear(nodes, LOOKBACK * H)
+            if config.similar_edges:
+                self.similarity = SimilarityEdges(nodes)
         start = torch.eye(D) * config.value_scale if config.identity_values else torch.randn(D, D) * config.value_scale / D ** 0.5
         self.value_map = nn.Parameter(start.repeat(H, 1, 1))               # (H, D, D)
         self.view = None                                                   # the MemoryView to read; None: stay silent
         self.reading = None                                                # the last Reading, for recall and --why
 
-    # -- asking
+    def edges(self, valid):
+        """The GAT's edges in G memories, valid (G, N); none without a graph or without edges in time."""
+        return time_edges(valid if self.config.time_edges and self.config.graph else valid[:, :1])
+
+    # -- tokens
 
     def heads(self, x):
         return x.unflatten(-1, (self.config.heads, -1))                    # (..., H * C) -> (..., H, C)
 
-    def standardise(self, states):
-        return ((states.float() - self.state_mean) / self.state_std).clamp(-10, 10)
+    def values(self, ids):
+        """The value of a token: its row of the embedding table, at the size that RMSNorm gives it. (...,) -> (..., D)."""
+        rows = F.embedding(ids, self.table[0])
+        return F.rms_norm(rows, rows.shape[-1:])
 
-    def read(self, h, pool, last, view, memo=None):
-        """h (R, T, D) states, pool (R, 1 or T, D) standardised question states, last (R,) index of the last prompt position.
+    def features(self, ids, states):
+        """What asks and what is asked: a token's state in its sentence, and the token as such. (...,), (..., D) -> (..., F)."""
+        x = torch.cat((((states.float() - self.state_mean) / self.state_std).clamp(-10, 10), self.values(ids).float()), -1)
+        return F.dropout(x, self.config.dropout, self.training)
 
-        memo: a dict that keeps what the question chose; full, it is used again instead of choosing. Returns a Reading.
+    def token_keys(self, ids, states, lengths):
+        """Keys of the tokens of episodes that lie end to end: ids (all,), states (all, D), lengths (episodes,) -> (all, 2 * H * C).
+
+        The key that a token is read by also says what stands before it: "the token after the one I just said" is then one
+        lookup, as in an induction head (https://arxiv.org/abs/2209.11895).
         """
-        R, T, D = h.shape
+        x, nothing = self.features(ids, states), states.new_zeros(len(ids), self.config.heads * self.config.token_key_dim)
+        unit = lambda key: F.normalize(self.heads(key).float(), dim=-1).flatten(1)
+        read = match = nothing.float()
+        if self.config.read == "token":
+            before = self.token_key_before(x).roll(1, 0).index_fill(0, lengths.cumsum(0) - lengths, 0.0)   # nothing before the first
+            read = unit(self.token_key_own(x) + before)
+        if self.config.match:
+            match = unit(self.match_key(x))
+        return torch.cat((read, match), 1).to(torch.bfloat16 if torch.is_autocast_enabled(ids.device.type) else torch.float32)
+
+    # -- asking
+
+    def read(self, x, question, view, memo=None):
+        """x (R, T, F) features of the positions that read; question: a Question, None if `memo` knows what it chose.
+
+        memo: a dict that keeps what the question chose, for later positions. Returns a Reading.
+        """
+        R, T, _ = x.shape
         G, N = view.valid.shape
-        config, rows = self.config, torch.arange(R, device=h.device)
+        config, rows = self.config, torch.arange(R, device=x.device)
         graph = rows // (R // G)
         count = view.valid.sum(1)
-        x = self.standardise(h)
+        memo = {} if memo is None else memo
+        pool = memo.setdefault("pool", question.pool() if question is not None else None)
         query = self.query_pool(pool)
         query = query + self.query_own(x) if config.query == "token" else query.expand(R, T, -1)
-        asked, chosen, weights = [], [], []
+        reading, found = Reading(None, [], [], [], [], [], None, None), None
         for hop in range(config.hops):
-            kept = memo.get(hop) if memo is not None else None
-            if kept is None:
-                # 1. Which episodes? The last position of the prompt asks all, and keeps the best k.
-                at = self.heads(query[rows, last]).view(G, R // G, config.heads, -1)
-                over_all = self.gnn.log_weights(at, view.keys, view.valid, count).view(R, config.heads, N + 1)
-                best = over_all[..., :-1].exp().mean(1).topk(min(config.candidates, N), dim=-1).indices     # (R, k)
+            if hop not in memo:
+                # 1. Which episodes? The last position of the question asks all, and keeps the best k.
+                last = question.last() if T > 1 else torch.zeros_like(rows)
+                at = self.heads(query[rows, last])
+                asked = self.gnn.log_weights(at.view(G, R // G, config.heads, -1), view.keys, view.valid, count).view(R, config.heads, N + 1)
+                best = asked[..., :-1].exp().mean(1).topk(min(config.candidates, N), dim=-1).indices       # (R, k)
                 keys, valid = view.keys[graph[:, None], best], view.valid[graph[:, None], best]
-                kept = (over_all, best, keys, valid, *self.token_side(view.tokens, view.episodes[graph[:, None], best]))
-                if memo is not None:
-                    memo[hop] = kept
-            over_all, best, keys, valid, values, token_keys, real = kept
-            # 2. Every position weighs the candidates, and null, for itself.
-            over_best = self.gnn.log_weights(self.heads(query), keys, valid, count[graph])     # (R, T, H, k + 1)
-            # 3. Which tokens inside them?
-            inside = self.weigh_tokens(hop, x, pool, token_keys, real)                                     # (R, T, H, k, M)
-            mass = over_best[..., :-1].exp()[..., None].to(inside.dtype) * inside
-            asked.append(over_all), chosen.append(best), weights.append(over_best)
+                # 2. Compared word by word, which of these? The best few will be read.
+                evidence, said = self.compare(hop, question, found[rows, last] if hop else None, view, graph, best, keys) \
+                    if config.match else (keys.new_zeros(R, config.heads, best.shape[1]), None)
+                ranked = self.gnn.log_weights(at[:, None], keys, valid, count[graph], evidence)[:, 0]      # (R, H, k + 1)
+                top = ranked[..., :-1].exp().mean(1).topk(min(config.readable, best.shape[1]), dim=-1).indices   # (R, r)
+                chosen = best.gather(1, top)
+                evidence = evidence.gather(2, top[:, None].expand(-1, config.heads, -1))
+                said = said(chosen) if hasattr(self, "said_weight") else None                              # (R, H, r, M)
+                place, real = view.tokens.places(view.episodes[graph[:, None], chosen])
+                memo[hop] = (asked, best, ranked, chosen, keys[rows[:, None], top], valid.gather(1, top), evidence,
+                             view.tokens.ids[place], self.heads(view.tokens.keys[:, :config.heads * config.token_key_dim][place]), real, said)
+            asked, best, ranked, chosen, keys, valid, evidence, ids, token_keys, real, said = memo[hop]
+            # 3. Every position weighs them, and null, for itself.
+            weights = self.gnn.log_weights(self.heads(query), keys, valid, count[graph], evidence)         # (R, T, H, r + 1)
+            # 4. Which tokens inside them?
+            inside = self.weigh_tokens(hop, x, pool, token_keys, real, said)                               # (R, T, H, r, M)
+            reading.context = self.gnn.pooled_context(weights, inside, self.values(ids).flatten(1, 2))     # (R, T, H, D)
+            for kept, new in zip((reading.asked, reading.candidates, reading.ranked, reading.chosen, reading.weights),
+                                 (asked, best, ranked, chosen, weights)):
+                kept.append(new)
             if hop + 1 < config.hops:
                 # What was found asks on: "Maria's brother is Tom" turns a question about Maria into one about Tom.
-                query = query + self.hop_query[hop](torch.einsum("rtn,rnd->rtd", mass.mean(2).flatten(2), values.to(mass.dtype)))
-        context = torch.einsum("rthn,rnd->rthd", mass.flatten(3), values.to(mass.dtype))
-        return Reading(context, asked, chosen, weights, inside)
+                found = reading.context.mean(2)
+                query = query + self.hop_query[hop](found)
+        reading.token_ids, reading.token_weights = ids.masked_fill(~real, -1), inside
+        return reading
 
-    def token_side(self, tokens, episodes):
-        """Of the candidates (R, k): token values (R, k * M, D), token keys (R, k, M, H, C), and which are real (R, k, M).
+    def compare(self, hop, question, found, view, graph, best, keys):
+        """Evidence (R, H, k) for the candidates `best` (R, k): each word of the question looks for its like among theirs.
 
-        The value of a token is its row of the embedding table, at the size that RMSNorm gives it.
+        Late interaction as in ColBERT (https://arxiv.org/abs/2004.12832): of each word the best match counts, weighted by
+        how telling the word is. found (R, D): what the hop before found is one word more. The other way round, a function
+        tells how like each token of an episode is to what the question says: episodes (R, r) -> (R, H, r, M).
         """
-        place, real = tokens.places(episodes)
-        values = F.embedding(tokens.ids[place].flatten(1), self.table[0])
-        return F.rms_norm(values, values.shape[-1:]), self.heads(tokens.keys[place]), real
+        G, N = view.valid.shape
+        telling = self.match_weight[hop](question.features).float().masked_fill(~question.mask[..., None], -1e4)   # (R, T, H)
+        words = telling.detach().mean(-1).topk(min(WORDS, telling.shape[1]), dim=1).indices[..., None]             # (R, W, 1)
+        telling = telling.gather(1, words.expand(-1, -1, telling.shape[-1]))
+        q = self.match_query[hop](question.features.gather(1, words.expand(-1, -1, question.features.shape[-1])))
+        if found is not None:
+            q = torch.cat((q, self.match_found[hop - 1](found)[:, None].to(q.dtype)), 1)
+            telling = F.pad(telling, (0, 0, 0, 1))
+        q = F.normalize(self.heads(q).float(), dim=-1)                                                     # (R, W, H, C)
+        real = F.pad(question.mask.gather(1, words[..., 0]), (0, int(found is not None)), value=True)
+        q = q * real[..., None, None]                                                                      # padding is like nothing
+        # Questions on one memory have candidates in common: each of these, and of those they may borrow from, is compared once.
+        back = range(1 + LOOKBACK * self.config.time_edges)
+        wanted = torch.stack([(best - b).clamp(min=0) for b in back])                                      # (B, R, k)
+        needed = torch.zeros(G, N, device=q.device).scatter(1, wanted.transpose(0, 1).reshape(G, -1), 1.0)
+        several = needed.topk(int(needed.sum(1).max()), dim=1).indices                                     # (G, U)
+        like, said = zip(*(self.likeness(q, view.tokens, view.episodes.gather(1, some)) for some in several.split(256, dim=1)))
+        like, said = torch.cat(like, -1), torch.cat(said, -2)                                              # (R, H, W, U), (R, H, U, M)
+        slot = torch.zeros(G, N, dtype=torch.long, device=q.device).scatter(1, several, torch.arange(several.shape[1], device=q.device).expand_as(several))
+        at = [slot[graph[:, None], row][:, None, None].expand(-1, *like.shape[1:3], -1) for row in wanted]
+        nodes = view.nodes[graph[:, None], best]                                                           # (R, k, D)
+        most = like.gather(-1, at[0])                                                                      # (R, H, W, k)
+        if self.config.time_edges:
+            # Beside its own words a sentence may borrow those of the sentences before it: it may start with "she".
+            borrow = torch.sigmoid(self.lookback(nodes).float() - 1).unflatten(-1, (LOOKBACK, -1)).permute(2, 0, 3, 1)     # (LOOKBACK, R, H, k)
+            for b in back[1:]:
+                most = torch.maximum(most, like.gather(-1, at[b]) * (borrow[b - 1] * (best >= b)[:, None])[:, :, None])
+        match = torch.einsum("rhwk,rwh->rhk", most, telling.softmax(1))
+        evidence = self.log_match_temperature.exp()[:, None] * (match - self.match_threshold[:, None])
+        if self.config.similar_edges:
+            told = best.masked_fill(~view.valid[graph[:, None], best], -1)                                 # an empty place silences nobody
+            evidence = evidence + self.similarity(match.mean(1), keys, nodes, told)[:, None]
+        return evidence, lambda chosen: said.gather(2, slot[graph[:, None], chosen][:, None, :, None].expand(-1, said.shape[1], -1, said.shape[-1]))
 
-    def token_keys(self, states, lengths):
-        """Keys of the tokens of episodes that lie end to end: states (all, D), lengths (episodes,) -> (all, H * C).
+    def likeness(self, q, tokens, episodes):
+        """How like each word of R questions is to the most similar word of each episode, and each word of an episode to the
+        most similar one of the question: q (R, W, H, C), episodes (G, U) -> (R, H, W, U), (R, H, U, M), at least 0."""
+        place, real = tokens.places(episodes)                                                              # (G, U, M)
+        keys = self.heads(tokens.keys[:, -self.config.heads * self.config.token_key_dim:][place]) * real[..., None, None]
+        q = q.unflatten(0, (len(episodes), -1)).to(keys.dtype)
+        cosine = torch.einsum("gswhc,gumhc->gshwum", q, keys)
+        return cosine.max(-1).values.clamp(min=0).flatten(0, 1).float(), cosine.max(3).values.clamp(min=0).flatten(0, 1).float()
 
-        A token's key also says what stands before it: "the token after the one I just said" is then one lookup, as in
-        an induction head (https://arxiv.org/abs/2209.11895).
+    def weigh_tokens(self, hop, x, pool, keys, real, said):
+        """Attention over the tokens of each episode: (R, T, H, r, M). With read="episode" all tokens weigh the same.
+
+        said (R, H, r, M): what the question says itself is hardly its answer; what follows it may be.
         """
-        if self.config.read == "episode":
-            return states.new_zeros(len(states), self.config.heads * self.config.token_key_dim)
-        x = self.standardise(states)
-        before = self.token_key_before(x).roll(1, 0).index_fill(0, lengths.cumsum(0) - lengths, 0.0)   # nothing before the first
-        return F.normalize(self.heads(self.token_key_own(x) + before), dim=-1).flatten(1)
-
-    def weigh_tokens(self, hop, x, pool, keys, real):
-        """Attention over the tokens of each candidate: (R, T, H, k, M). With read="episode" all tokens weigh the same."""
         if self.config.read == "episode":
             uniform = real / real.sum(-1, keepdim=True).clamp(min=1)
             return uniform[:, None, None].expand(-1, x.shape[1], self.config.heads, -1, -1)
         query = self.token_query_pool[hop](pool)
-        query = query + self.token_query_own[hop](x) if self.config.query == "token" else query.expand(*x.shape[:2], -1)
+        query = query + self.token_query_own(x) if self.config.query == "token" else query.expand(*x.shape[:2], -1)
         query = F.normalize(self.heads(query), dim=-1) * self.log_token_temperature.exp()[:, None]
-        scores = torch.einsum("rthc,rkmhc->rthkm", query, keys.to(query.dtype))
+        scores = torch.einsum("rthc,rkmhc->rthkm", query.to(keys.dtype), keys)
+        if said is not None:
+            own, before = (self.said_weight[hop] * self.log_token_temperature.exp()[:, None])[:, :, None, None].unbind(1)
+            scores = scores + (own * said + before * F.pad(said, (1, -1)))[:, None].to(scores.dtype)
         return scores.masked_fill(~real[:, None, None], -1e4).softmax(-1)
 
     def inject(self, h, context, silent):
@@ -340,6 +436,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
 
     def begin(self, input_ids, attention_mask, question_mask, cache):
         real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
+        self.input_ids = input_ids
         self.speaking = real & (input_ids != BOS)                          # <bos>, an outlier, neither asks nor listens
         self.question = None if question_mask is None else question_mask.bool() & self.speaking
         self.memo = None if cache is None else cache.memory
@@ -347,25 +444,21 @@ class MemoryInjectionLayer(nn.Module, Injection):
     def after_layer(self, layer, h):
         if layer != self.config.inject_after or self.view is None:
             return h
-        B, T, D = h.shape
-        if self.memo is not None and "pool" in self.memo:                  # decoding: the question was put at prefill
-            reading = self.read(h, self.memo["pool"], None, self.view, self.memo)
-        elif self.question is not None:
-            pool = pooled(self.standardise(h), self.question)[:, None]     # (B, 1, D)
-            last = (self.question * torch.arange(T, device=h.device)).argmax(1)
-            if self.memo is not None:
-                self.memo["pool"] = pool
-            reading = self.read(h, pool, last, self.view, self.memo)
-        else:
-            # No prompt marked: every position is its own question about what came before it, so none sees its future.
-            x = self.standardise(h) * self.speaking[..., None]
-            pool = x.cumsum(1) / self.speaking.cumsum(1).clamp(min=1)[..., None]
-            zero = torch.zeros(1, dtype=torch.long, device=h.device)
-            parts = [self.read(a, b, zero.expand(len(a)), self.view).context
-                     for a, b in zip(h.reshape(-1, 1, D).split(256), pool.reshape(-1, 1, D).split(256))]
-            return self.inject(h, torch.cat(parts).view(B, T, -1, D), ~self.speaking)
-        self.reading = reading
-        return self.inject(h, reading.context, ~self.speaking)
+        x = self.features(self.input_ids, h)
+        if self.question is None and not self.memo:
+            return self.inject(h, self.read_everywhere(x), ~self.speaking)
+        # While decoding, the question was put at prefill, and the memo knows what it chose.
+        self.reading = self.read(x, None if self.memo else Question(x, self.question), self.view, self.memo)
+        return self.inject(h, self.reading.context, ~self.speaking)
+
+    def read_everywhere(self, x):
+        """No prompt is marked: every position asks for itself, with the WINDOW tokens up to it, so that none sees its future."""
+        B, T, _ = x.shape
+        windows = F.pad(x, (0, 0, WINDOW - 1, 0)).unfold(1, WINDOW, 1).flatten(0, 1)                       # (B * T, F, WINDOW)
+        masks = F.pad(self.speaking, (WINDOW - 1, 0)).unfold(1, WINDOW, 1).flatten(0, 1)                   # (B * T, WINDOW)
+        parts = [self.read(at, Question(window.mT, mask), self.view).context
+                 for at, window, mask in zip(x.reshape(B * T, 1, -1).split(256), windows.split(256), masks.split(256))]
+        return torch.cat(parts).unflatten(0, (B, T))[:, :, 0]
 
 
 def pooled(x, mask):
@@ -440,9 +533,8 @@ class GemmaWithMemory(nn.Module):
         return [h[i, 1:len(row)] for i, row in enumerate(batch)]
 
     def node_features(self, ids, states):
-        """One vector per episode: the mean state of its tokens, or the plan's mean embedding. (M,), (M, D) -> (D,)."""
-        source = states if self.config.node_features == "hidden" else self.gemma.embed_tokens.weight[ids]
-        return source.float().mean(0)
+        """One vector per episode: the mean of its tokens' states, of their embeddings (the plan's), or both. (M,), (M, D) -> (D,)."""
+        return node_features(self.config, states, self.gemma.embed_tokens.weight[ids]).mean(0)
 
     @torch.no_grad()
     def add_to_memory(self, text, progress=False):
@@ -529,9 +621,12 @@ class GemmaWithMemory(nn.Module):
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.gemma.device)
         return ids, mask
 
-    def weights(self):
-        """Of the last question(s): episode weights at the last prompt position and last hop, (B, N + 1), null last."""
-        return self.injection.reading.asked[-1].exp().mean(1)
+    def weights(self, hop=-1):
+        """Of the last question(s): episode weights at the last prompt position of a hop, (B, N + 1), null last."""
+        reading = self.injection.reading
+        weights = torch.zeros_like(reading.asked[hop][:, 0])               # an episode that was no candidate weighs nothing
+        null = torch.full_like(reading.candidates[hop][:, :1], weights.shape[1] - 1)
+        return weights.scatter(1, torch.cat((reading.candidates[hop], null), 1), reading.ranked[hop].exp().mean(1))
 
     @torch.no_grad()
     def recall(self, text, top_k=5):

@@ -5,9 +5,10 @@ Everything below the injection layer is frozen, so its output never changes: a l
 ordinary text is run through layers 1..8 once, and every training step draws memories and questions from the pool. A step
 then runs the graph network, the injection and the layers above, forward and backward, with logits at answer positions only.
 
-A batch is G memories of up to N episodes with R / G questions each; nothing loops over it. Two losses:
+A batch is G memories of up to N episodes with R / G questions each; nothing loops over it. Three losses:
   * cross-entropy on the answer's tokens,
-  * retrieval: minus the log of the attention on the episodes that hold the answer, or on the null episode where none does.
+  * retrieval: minus the log of the attention on the episodes that hold the answer, or on the null episode where none does,
+  * copying: minus the log of the attention on the tokens, inside those episodes, that the answer goes on with.
 
 Letters as in memory.py, and P bundles of the pool (a bundle is a few sentences that belong together, see data_gen.py),
 F sentences and Q questions of a bundle at most.
@@ -35,8 +36,7 @@ from tqdm import tqdm
 
 from data_gen import KINDS, World, open_vocabulary
 from gemma import BOS, PAD, InputError, Places, Tokenizer, check_device, replacing
-from gnn import most_similar_later, time_and_similarity_edges
-from memory import GemmaWithMemory, MemoryConfig, MemoryView, TokenStore, pooled, question_prompt
+from memory import GemmaWithMemory, MemoryConfig, MemoryView, Question, TokenStore, node_features, question_prompt
 
 TEXT = len(KINDS)                       # the kind of a sequence that is ordinary text
 
@@ -48,7 +48,8 @@ class TrainConfig:
     variant: str = field(default="graph", metadata={"help": "the design of the memory; graph is the only one so far"})
     model: str = field(default="tiny", metadata={"help": "the base: tiny, gemma-3-270m, a folder, or a Hub id"})
     out: str = field(default="out/memory", metadata={"help": "folder for the trained memory, its checkpoint and log"})
-    steps: int = field(default=250, metadata={"help": "optimizer steps"})
+    steps: int = field(default=170, metadata={"help": "optimizer steps"})
+    minutes: float = field(default=0.0, metadata={"help": "end after so many minutes of training if the steps are not done by then; 0: never"})
     batch: int = field(default=128, metadata={"help": "R: questions a step"})
     accumulate: int = field(default=1, metadata={"help": "batches whose gradients are added up to one step"})
     bundles: int = field(default=6000, metadata={"help": "P: bundles of sentences and questions in the pool"})
@@ -58,11 +59,12 @@ class TrainConfig:
     warmup: int = field(default=50, metadata={"help": "steps of linear warm-up; cosine decay follows"})
     clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
     retrieval: float = field(default=0.3, metadata={"help": "weight of the retrieval loss"})
+    copying: float = field(default=0.3, metadata={"help": "weight of the copying loss"})
     unknown: float = field(default=0.1, metadata={"help": "share of questions about somebody the memory never heard of"})
     text: float = field(default=0.06, metadata={"help": "share of rows that are ordinary text, for which the memory is to be silent"})
-    tokens: int = field(default=40, metadata={"help": "T: longest question with its answer; longer ones are left out"})
+    tokens: int = field(default=40, metadata={"help": "T: longest question with its answer, longer ones are left out; sentences may be 1.6 times as long"})
     open_words: bool = field(default=True, metadata={"help": "values from the whole vocabulary; without them the memory learns to classify, not to copy"})
-    eval_every: int = field(default=100, metadata={"help": "steps between evaluations on held-out people and values"})
+    eval_every: int = field(default=85, metadata={"help": "steps between evaluations on held-out people and values"})
     seed: int = field(default=0, metadata={"help": "of every random draw"})
     device: str = field(default="", metadata={"help": "cpu, cuda, mps; default: a GPU if there is one"})
     workers: int = field(default=0, metadata={"help": "processes that draw the pool's sentences; 0: this one"})
@@ -74,8 +76,8 @@ class TrainConfig:
         """Raise InputError for settings that can't be trained with."""
         if self.variant != "graph":
             raise InputError(f"expected --variant graph, got {self.variant!r}; it is the only one so far.")
-        for name, least in dict(steps=1, batch=8, accumulate=1, bundles=1, facts=8, eval_every=1, tokens=16, workers=0, warmup=0,
-                                lr=0, weight_decay=0, clip=0, retrieval=0, unknown=0, text=0).items():
+        for name, least in dict(steps=1, batch=8, accumulate=1, bundles=1, facts=8, eval_every=1, tokens=16, workers=0, warmup=0, minutes=0,
+                                lr=0, weight_decay=0, clip=0, retrieval=0, copying=0, unknown=0, text=0).items():
             if not getattr(self, name) >= least:
                 raise InputError(f"expected --{name.replace('_', '-')} of at least {least}, got {getattr(self, name)}.")
         if self.unknown + self.text > 1:
@@ -88,9 +90,6 @@ class TrainConfig:
 
 
 # ------------------------------------------------------------------------------------------------------------ pool
-
-LONGEST_FACT = 64                       # tokens; longer sentences are left out of training, not of use
-
 
 def draw_part(task):
     """Some bundles as token ids: list of (facts, follows, [(prompt, answer, support, kind)], hashes of two subjects)."""
@@ -106,7 +105,7 @@ def draw_part(task):
             answer = tokenizer.encode(" " + q.answer, bos=False) + newline if q.support else []
             if len(prompt) + len(answer) <= tokens:
                 asked.append((prompt, answer, q.support, KINDS.index(q.kind)))
-        if asked and max(map(len, facts)) <= LONGEST_FACT:
+        if asked and max(map(len, facts)) <= 1.6 * tokens:
             subjects = [zlib.crc32(s.encode()) for s in sorted(bundle.subjects)] or [zlib.crc32(bundle.facts[0].encode())]
             part.append((facts, bundle.follows, asked, (subjects[0], subjects[-1])))
     return part
@@ -115,20 +114,18 @@ def draw_part(task):
 class Pool:
     """Bundles of one split with their frozen states: what a batch is drawn from. Lives on the model's device."""
 
-    def __init__(self, model, split, P, tokens, seed, open_words=True, phrasings=None, texts=0, workers=0, progress=True):
-        """texts: how many pieces of ordinary text to add, written by the base itself."""
+    def __init__(self, model, split, P, tokens, seed, open_words=True, phrasings=None, texts=0, draw=map, progress=True):
+        """texts: how many pieces of ordinary text to add, written by the base itself; draw: a map of one or more processes."""
         device = model.gemma.device
         parts = max(1, min(64, P // 500))              # each with a seed of its own: the number of workers changes nothing
         tasks = [(model.tokenizer.path, model.config.chat, split, phrasings, open_words, tokens, seed * 1000 + i, P // parts) for i in range(parts)]
         facts, sequences, self.bundles = [], [], []
-        with multiprocessing.get_context("spawn").Pool(workers) if workers else nullcontext() as processes:
-            drawn = processes.imap(draw_part, tasks) if workers else map(draw_part, tasks)
-            for part in tqdm(drawn, desc=f"drawing {split} sentences", unit="part", total=parts, disable=not progress, leave=False):
-                for fact_ids, follows, asked, subjects in part:
-                    self.bundles.append((range(len(facts), len(facts) + len(fact_ids)), follows,
-                                         range(len(sequences), len(sequences) + len(asked)), subjects))
-                    facts += fact_ids
-                    sequences += asked
+        for part in tqdm(draw(draw_part, tasks), desc=f"drawing {split} sentences", unit="part", total=parts, disable=not progress, leave=False):
+            for fact_ids, follows, asked, subjects in part:
+                self.bundles.append((range(len(facts), len(facts) + len(fact_ids)), follows,
+                                     range(len(sequences), len(sequences) + len(asked)), subjects))
+                facts += fact_ids
+                sequences += asked
         self.asked = len(sequences)
         sequences += [(ids, [], [], TEXT) for ids in ordinary_text(model, texts, tokens, seed)]
         P, F_ = len(self.bundles), max(len(b[0]) for b in self.bundles)
@@ -171,10 +168,14 @@ class Pool:
 
     def node_features(self, model):
         """(facts, D): GemmaWithMemory.node_features for all sentences at once."""
-        source = self.facts.keys if model.config.node_features == "hidden" else F.embedding(self.facts.ids, model.gemma.embed_tokens.weight)
-        owner = torch.arange(len(self.facts.lengths), device=source.device).repeat_interleave(self.facts.lengths)
-        total = torch.zeros(len(self.facts.lengths), source.shape[1], device=source.device).index_add(0, owner, source.float())
-        return total / self.facts.lengths[:, None]
+        lengths = self.facts.lengths
+        owner = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+        total = torch.zeros(len(lengths), model.injection.gnn.mean.shape[0], device=lengths.device)
+        for start in range(0, len(owner), 1 << 18):    # a part at a time: all tokens' features at once would be as large again
+            at = slice(start, start + (1 << 18))
+            embeddings = F.embedding(self.facts.ids[at], model.gemma.embed_tokens.weight)
+            total.index_add_(0, owner[at], node_features(model.config, self.facts.keys[at], embeddings))
+        return total / lengths[:, None]
 
     def set_statistics(self, model):
         """Save in the memory what states and nodes look like on average (buffers, not trained)."""
@@ -242,8 +243,9 @@ def ordinary_text(model, n, length, seed):
     """n pieces of text that the base itself writes, as token ids: what it finds ordinary, the memory should leave alone."""
     rows = []
     generator = torch.Generator().manual_seed(seed)
-    for start in range(0, n, 256):
-        size = min(256, n - start)
+    most = 1024 if model.gemma.device.type == "cuda" else 256
+    for start in range(0, n, most):
+        size = min(most, n - start)
         ids = torch.full((size, 1), BOS, device=model.gemma.device)
         ids = model.gemma.generate(ids, max_new_tokens=length - 1, temperature=1.0, top_p=0.98, stop=(), seed=seed + start)
         cuts = torch.randint(4, length, (size,), generator=generator).tolist()
@@ -255,28 +257,24 @@ def ordinary_text(model, n, length, seed):
 
 def memories(model, pool, batch):
     """The MemoryView of a drawn batch: keys with gradient, from the pool's node features."""
-    config, gnn = model.config, model.injection.gnn
-    valid = batch["valid"]
+    injection, valid = model.injection, batch["valid"]
     G, N = valid.shape
-    x = pool.nodes[batch["episodes"].flatten()]                                                # (G * N, D)
-    if config.graph:
-        with torch.no_grad():
-            own = gnn.own_keys(x).view(G, N, -1)
-            similar, cosine = most_similar_later(own, valid, config.similar_edges)
-        edges = time_and_similarity_edges(similar, cosine, valid, config.time_edges)
-    else:
-        edges = None, None
-    # The tokens of these episodes alone, end to end: their keys are worked out once, however many questions read them.
     facts = batch["episodes"].flatten()
+    x = pool.nodes[facts]                                                                      # (G * N, D)
+    # The tokens of these episodes alone, end to end: their keys are worked out once, however many questions read them.
     lengths = pool.facts.lengths[facts]
     owner = torch.arange(G * N, device=x.device).repeat_interleave(lengths)
     place = pool.facts.starts[facts][owner] + torch.arange(len(owner), device=x.device) - (lengths.cumsum(0) - lengths)[owner]
-    tokens = TokenStore(pool.facts.ids[place], model.injection.token_keys(pool.facts.keys[place], lengths), lengths)
-    return MemoryView(gnn.keys(x, *edges).view(G, N, config.heads, -1), valid, torch.arange(G * N, device=x.device).view(G, N), tokens)
+    ids = pool.facts.ids[place]
+    tokens = TokenStore(ids, injection.token_keys(ids, pool.facts.keys[place], lengths), lengths)
+    return MemoryView(injection.gnn.keys(x, *injection.edges(valid)).unflatten(0, (G, N)), injection.gnn.standardise(x).view(G, N, -1),
+                      valid, torch.arange(G * N, device=x.device).view(G, N), tokens)
 
 
-def forward(model, pool, batch, T):
-    """One batch through graph, injection and the layers above. Returns what losses and scores are made of."""
+def forward(model, pool, batch, T, silent=False):
+    """One batch through graph, injection and the layers above. Returns what losses and scores are made of.
+
+    silent: nothing of what was read is added, the base answers alone."""
     gemma, injection = model.gemma, model.injection
     sequence, device = batch["sequence"], gemma.device
     R = len(sequence)
@@ -287,48 +285,66 @@ def forward(model, pool, batch, T):
     ids, h = store.ids[place], store.keys[place].masked_fill(~real[..., None], 0.0)
     spoken = real & (offset > 0)                                                               # all but <bos>
     question = spoken & (offset < prompt[:, None])
-    # In text every position is its own question about what stands before it, as in a bare forward pass.
-    x = injection.standardise(h) * spoken[..., None]
-    running = x.cumsum(1) / spoken.cumsum(1).clamp(min=1)[..., None]
-    is_text = batch["kind"] == TEXT
-    pool_state = torch.where(is_text[:, None, None], running, pooled(x, question)[:, None])
-    reading = injection.read(h, pool_state, prompt - 1, memories(model, pool, batch))
-    h = injection.inject(h, reading.context, ~spoken)
+    x, longest = injection.features(ids, h), int(prompt.max())
+    reading = injection.read(x, Question(x[:, :longest], question[:, :longest]), memories(model, pool, batch))
+    h = h if silent else injection.inject(h, reading.context, ~spoken)
     places = Places(gemma.config, R, T, real, None, device)
     h = gemma.run_layers(h, places, model.config.inject_after + 1) if model.config.inject_after < len(gemma.layers) else h
     answering = real[:, 1:] & (offset[1:] >= prompt[:, None]) & batch["known"].any(1)[:, None]  # (R, T - 1): next token is the answer's
     where = answering.nonzero()                                                                # (answer tokens, 2)
     logits = gemma.logits(h[where[:, 0], where[:, 1]])
-    return dict(logits=logits, targets=ids[where[:, 0], where[:, 1] + 1], row=where[:, 0], reading=reading,
-                spoken=spoken, question=question, is_text=is_text, answering=F.pad(answering, (0, 1)))
+    return dict(logits=logits, targets=ids[where[:, 0], where[:, 1] + 1], row=where[:, 0], position=where[:, 1], reading=reading,
+                spoken=spoken, answering=F.pad(answering, (0, 1)))
+
+
+def wanted(batch, hop, hops, N):
+    """Which episodes a hop should attend to, (R, N + 1) bool, null last.
+
+    A question of two hops needs the first fact first and the second last; all others need all their facts at every hop.
+    """
+    needed, two_hop = batch["known"].clone(), batch["kind"] == KINDS.index("two_hop")
+    needed[two_hop] &= torch.tensor([hop == 0 and hops > 1, hop == hops - 1], device=needed.device)
+    target = torch.zeros(len(needed), N + 1, dtype=torch.bool, device=needed.device)
+    for i in range(2):
+        rows = needed[:, i].nonzero()[:, 0]
+        target[rows, batch["support"][rows, i]] = True
+    target[:, -1] = ~needed.any(1)
+    return target
 
 
 def retrieval_loss(batch, out, hops):
-    """- log attention on what should be attended to, mean over heads: (at the last prompt position, at answer positions)."""
-    reading, known, support = out["reading"], batch["known"], batch["support"]
-    R = len(known)
-    two_hop = batch["kind"] == KINDS.index("two_hop")
-    at_prompt, at_answer = 0.0, 0.0
+    """- log attention on what should be attended to, mean over heads and hops: (over all episodes, over the candidates
+    compared word by word, at answer positions). The right episode may be missing among the candidates: then only the first counts."""
+    reading, is_text = out["reading"], (batch["kind"] == TEXT)[:, None]
+    at_prompt, at_candidates, at_answer = 0.0, 0.0, 0.0
+    among = lambda target, rows: torch.cat((target[:, :-1].gather(1, rows), target[:, -1:]), 1)
     for hop in range(hops):
-        # A question of two hops needs the first fact first and the second last; all others need all their facts at every hop.
-        needed = known.clone()
-        if hops > 1:
-            needed[two_hop] = known[two_hop] & torch.tensor([hop == 0, hop == hops - 1], device=known.device)
-        else:
-            needed[two_hop] = known[two_hop] & torch.tensor([False, True], device=known.device)
         asked = reading.asked[hop]                                                             # (R, H, N + 1)
-        target = torch.zeros(R, asked.shape[-1], dtype=torch.bool, device=known.device)
-        for i in range(2):
-            rows = needed[:, i].nonzero()[:, 0]
-            target[rows, support[rows, i]] = True
-        target[:, -1] = ~needed.any(1)
-        at_prompt = at_prompt - asked.masked_fill(~target[:, None], -torch.inf).logsumexp(-1).mean(1)      # (R,)
-        weights, best = reading.weights[hop], reading.chosen[hop]                              # (R, T, H, k + 1), (R, k)
-        among = torch.cat((target[:, :-1].gather(1, best), target[:, -1:]), 1)                 # (R, k + 1)
-        mass = weights.masked_fill(~among[:, None, None], -1e4).logsumexp(-1).mean(-1)         # (R, T)
-        care = torch.where(out["is_text"][:, None], out["spoken"], out["answering"]) & among.any(1)[:, None]
-        at_answer = at_answer - (mass * care).sum(1) / care.sum(1).clamp(min=1)
-    return (at_prompt / hops).mean(), (at_answer / hops).mean()
+        target = wanted(batch, hop, hops, asked.shape[-1] - 1)
+        at_prompt = at_prompt - asked.masked_fill(~target[:, None], -torch.inf).logsumexp(-1).mean()
+        right = among(target, reading.candidates[hop])                                         # (R, k + 1)
+        mass = reading.ranked[hop].masked_fill(~right[:, None], -1e4).logsumexp(-1).mean(1)    # (R,)
+        at_candidates = at_candidates - (mass * right.any(1)).mean()
+        right = among(target, reading.chosen[hop])                                             # (R, r + 1)
+        mass = reading.weights[hop].masked_fill(~right[:, None, None], -1e4).logsumexp(-1).mean(-1)        # (R, T)
+        care = torch.where(is_text, out["spoken"], out["answering"]) & right.any(1)[:, None]
+        at_answer = at_answer - ((mass * care).sum(1) / care.sum(1).clamp(min=1)).mean()
+    return at_prompt / hops, at_candidates / hops, at_answer / hops
+
+
+def copying_loss(batch, out, hops):
+    """- log of the attention, mean over heads, on those tokens of the right episodes that the answer goes on with.
+
+    Where none of them does, as at the answer's end, there is nothing to copy and nothing is counted.
+    """
+    reading, row, position = out["reading"], out["row"], out["position"]
+    target = wanted(batch, hops - 1, hops, reading.asked[-1].shape[-1] - 1)
+    right = target.gather(1, reading.chosen[-1])[row]                                          # (n, r)
+    hit = (reading.token_ids[row] == out["targets"][:, None, None]) & right[..., None]         # (n, r, M)
+    weights = reading.weights[-1][row, position][..., :-1].exp()                               # (n, H, r)
+    mass = (weights[..., None] * reading.token_weights[row, position].float() * hit[:, None]).flatten(2).sum(-1).mean(1)
+    can = hit.flatten(1).any(1)
+    return -((mass + 1e-6).log() * can).sum() / can.sum().clamp(min=1)
 
 
 @torch.no_grad()
@@ -337,8 +353,9 @@ def scores(batch, out):
     and the null weight."""
     right = torch.ones(len(batch["known"]), dtype=torch.long, device=out["row"].device)
     right.scatter_reduce_(0, out["row"], (out["logits"].argmax(-1) == out["targets"]).long(), "amin")
-    weights = out["reading"].asked[-1].exp().mean(1)                                           # (R, N + 1)
-    first = weights[:, :-1].argmax(1)
+    reading = out["reading"]
+    weights = reading.ranked[-1].exp().mean(1)                                                 # (R, k + 1)
+    first = reading.candidates[-1].gather(1, weights[:, :-1].argmax(1, keepdim=True))[:, 0]
     last = batch["known"].long().sum(1) - 1                                                    # the fact with the answer is listed last
     either = (first[:, None] == batch["support"]) & batch["known"]
     is_list = batch["kind"] == KINDS.index("list")
@@ -347,8 +364,8 @@ def scores(batch, out):
 
 
 @torch.no_grad()
-def evaluate(model, pool, settings, sizes=(16, 64), questions=512, seed=1):
-    """Held-out exact match, right episode first, and null weights, as a dict per memory size and kind."""
+def evaluate(model, pool, settings, sizes=(16, 64), questions=512, seed=1, silent=False):
+    """Held-out exact match, right episode first, and null weights, as a dict per memory size and kind. silent: the base alone."""
     model.eval()
     result = {}
     for N in sizes:
@@ -358,7 +375,7 @@ def evaluate(model, pool, settings, sizes=(16, 64), questions=512, seed=1):
         for _ in range(max(1, questions // R)):
             batch = pool.draw(max(1, R // 8), R, N, 0.1, 0.0, generator)
             with autocast(model):
-                out = forward(model, pool, batch, settings.tokens)
+                out = forward(model, pool, batch, settings.tokens, silent)
             for values, value in zip((right, found, null), scores(batch, out)):
                 values.append(value)
             kind.append(batch["kind"]), known.append(batch["known"].any(1))
@@ -377,14 +394,18 @@ def autocast(model):
 
 # ------------------------------------------------------------------------------------------------------------ loop
 
-def schedule(settings, step):
-    """(learning rate, N): warm-up and cosine; memories grow from 8 facts to settings.facts by doubling."""
+def schedule(settings, step, seconds):
+    """(learning rate, N, done): warm-up and cosine; memories grow from 8 facts to settings.facts by doubling.
+
+    What is done (0 to 1) is the share of the steps or of the minutes, whichever is larger.
+    """
+    done = max(step / settings.steps, seconds / (60 * settings.minutes) if settings.minutes else 0.0)
     warm = min(1.0, (step + 1) / max(1, settings.warmup))
-    rate = settings.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
+    rate = settings.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
     stages = max(1, int(math.log2(max(8, settings.facts) / 8)) + 1)
     # small memories are quick to learn from: the first stages are short
-    stage = min(stages - 1, int(stages * (step / settings.steps) ** 0.5 * 1.1))
-    return rate, min(settings.facts, 8 * 2 ** stage)
+    stage = min(stages - 1, int(stages * done ** 0.5 * 1.1))
+    return rate, min(settings.facts, 8 * 2 ** stage), done
 
 
 def groups(R, N):
@@ -395,13 +416,13 @@ def groups(R, N):
     return G
 
 
-def save_checkpoint(folder, model, optimizer, step, best):
+def save_checkpoint(folder, model, optimizer, step, best, seconds):
     """Everything that --resume needs, in one file that is replaced whole."""
     tensors = {f"model.{n}": t.detach().cpu().contiguous().clone() for n, t in model.injection.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{i}.{n}": t.detach().cpu().contiguous().clone() for n, t in state.items()})
     with replacing(folder / "checkpoint.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"step": str(step), "best": json.dumps(best)})
+        save_file(tensors, temporary, metadata={"step": str(step), "best": json.dumps(best), "seconds": str(seconds)})
 
 
 def load_checkpoint(folder, model, optimizer):
@@ -411,7 +432,7 @@ def load_checkpoint(folder, model, optimizer):
             every = {name: tensors.get_tensor(name) for name in tensors.keys()}
             meta = tensors.metadata()
         model.injection.load_state_dict({n[6:]: t for n, t in every.items() if n.startswith("model.")})
-        step, best = int(meta["step"]), json.loads(meta["best"])
+        step, best, seconds = int(meta["step"]), json.loads(meta["best"]), float(meta["seconds"])
     except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: expected a checkpoint of a memory with these settings ({str(error)[:120]!r}); "
                          "resume with the settings it was made with, or train anew.") from None
@@ -421,7 +442,7 @@ def load_checkpoint(folder, model, optimizer):
             _, i, key = name.split(".")
             state["state"].setdefault(int(i), {})[key] = tensor
     optimizer.load_state_dict(state)
-    return step, best
+    return step, best, seconds
 
 
 def train(settings, memory_config=None, model=None, pools=None):
@@ -437,16 +458,20 @@ def train(settings, memory_config=None, model=None, pools=None):
     folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    pool, held_out = pools or (Pool(model, "train", settings.bundles, settings.tokens, settings.seed, settings.open_words,
-                                    texts=min(4096, settings.bundles // 8), workers=settings.workers),
-                               Pool(model, "validation", max(200, settings.bundles // 20), settings.tokens, settings.seed + 1))
+    if pools is None:
+        with multiprocessing.get_context("spawn").Pool(settings.workers) if settings.workers else nullcontext() as processes:
+            draw = processes.imap if processes else map
+            pools = (Pool(model, "train", settings.bundles, settings.tokens, settings.seed, settings.open_words,
+                          texts=min(4096, settings.bundles // 8), draw=draw),
+                     Pool(model, "validation", max(200, settings.bundles // 20), settings.tokens, settings.seed + 1, draw=draw))
+    pool, held_out = pools
     pool.set_statistics(model)
     parameters = model.trainable_parameters()
     optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1]},
                                    {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}],
                                   lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay,
                                   fused=device.type == "cuda")
-    start, best = load_checkpoint(folder, model, optimizer) if settings.resume else (0, None)
+    start, best, spent = load_checkpoint(folder, model, optimizer) if settings.resume else (0, None, 0.0)
     if settings.compile:
         for layer in model.gemma.layers[model.config.inject_after:]:
             layer.compile()
@@ -454,12 +479,14 @@ def train(settings, memory_config=None, model=None, pools=None):
     broken, seen, last, lines, log = 0, 0, {}, [], folder / "log.jsonl"
     if settings.resume and log.is_file():
         lines = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= start]
-    bar = tqdm(range(start, settings.steps), desc="training", unit="step", initial=start, total=settings.steps)
+    step, bar = start - 1, tqdm(range(start, settings.steps), desc="training", unit="step", initial=start, total=settings.steps)
     for step in bar:
-        rate, N = schedule(settings, step)
+        elapsed = spent + time.time() - ready
+        rate, N, done = schedule(settings, step, elapsed)
         for group in optimizer.param_groups:
             group["lr"] = rate
         model.train()
+        torch.manual_seed(settings.seed * 1_000_003 + step)                # for dropout
         for part in range(settings.accumulate):
             # Every draw is a function of seed and step: a resumed run sees what the unbroken one would have.
             generator = torch.Generator(device).manual_seed((settings.seed * 1_000_003 + step) * 64 + part)
@@ -467,8 +494,9 @@ def train(settings, memory_config=None, model=None, pools=None):
             with autocast(model):
                 out = forward(model, pool, batch, settings.tokens)
                 answer_loss = F.cross_entropy(out["logits"].float(), out["targets"])
-                at_prompt, at_answer = retrieval_loss(batch, out, model.config.hops)
-                loss = answer_loss + settings.retrieval * (at_prompt + at_answer)
+                retrieval = retrieval_loss(batch, out, model.config.hops)
+                copying = copying_loss(batch, out, model.config.hops)
+                loss = answer_loss + settings.retrieval * sum(retrieval) + settings.copying * copying
             (loss / settings.accumulate).backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         broken = 0 if norm.isfinite() else broken + 1
@@ -479,15 +507,18 @@ def train(settings, memory_config=None, model=None, pools=None):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen += settings.batch * settings.accumulate
-        last_step = step + 1 == settings.steps
+        last_step = step + 1 == settings.steps or done >= 1
         measure = (step + 1) % settings.eval_every == 0 or last_step
         if step % 20 == 0 or measure:
             values = dict(step=step + 1, facts=N, loss=round(loss.item(), 4), answer_loss=round(answer_loss.item(), 4),
-                          retrieval_loss=round(at_prompt.item(), 4), seconds=round(time.time() - ready, 1),
+                          retrieval_loss=[round(part.item(), 4) for part in retrieval], copying_loss=round(copying.item(), 4), seconds=round(time.time() - ready, 1),
                           examples_per_second=round(seen / (time.time() - ready)))
             if measure:
                 last = evaluate(model, held_out, settings)
                 values["held_out"] = last
+                if last_step:
+                    for N, alone in evaluate(model, held_out, settings, silent=True).items():
+                        last[N]["base_alone"] = alone["recall"]
                 score = sum(r["recall"] or 0.0 for r in last.values())
                 if best is None or score >= best:
                     best = score
@@ -498,11 +529,14 @@ def train(settings, memory_config=None, model=None, pools=None):
             with replacing(log) as temporary:
                 temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
             if measure:
-                save_checkpoint(folder, model, optimizer, step + 1, best)
+                save_checkpoint(folder, model, optimizer, step + 1, best, elapsed)
             shown = {f"recall@{n}": f"{r['recall']:.0%}" for n, r in last.items() if r["recall"] is not None}
             bar.set_postfix(N=N, loss=f"{loss.item():.3f}", **shown)
+        if last_step:
+            break
+    bar.close()
     model.eval()
-    print(f"trained {settings.steps} steps, {seen:,} examples in {time.time() - ready:.0f} s (and {ready - started:.0f} s "
+    print(f"trained {step + 1} steps, {seen:,} examples in {time.time() - ready:.0f} s (and {ready - started:.0f} s "
           f"for the pool) on {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}; saved in {folder}", file=sys.stderr)
     return model, last
 
@@ -531,8 +565,8 @@ def main(arguments=None):
     _, result = train(settings, config)
     share = lambda value: "none asked" if value is None else f"{value:.1%}"
     for N, r in result.items():
-        print(f"{N:4d} facts: exact match {share(r['recall'])}, right episode first {share(r['first'])}, refused {share(r['refused'])} "
-              f"of the unanswerable and {share(r['refused_wrongly'])} of the answerable")
+        print(f"{N:4d} facts: exact match {share(r['recall'])} (the base alone {share(r['base_alone'])}), right episode first "
+              f"{share(r['first'])}, refused {share(r['refused'])} of the unanswerable and {share(r['refused_wrongly'])} of the answerable")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def training(_):
 def default(name):
     """What `python train.py` without arguments reached: the last line of its log, copied to bench/results."""
     last = json.loads((HERE / "results" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    sizes = [f"{r['lookup']:.0%} of the lookups at {N} facts (right episode first {r['first']:.0%})" for N, r in last["held_out"].items()]
+    sizes = [f"{r['recall']:.0%} of all kinds of questions at {N} facts, {r['lookup']:.0%} of the lookups (right episode first {r['first']:.0%}; "
+             f"the base without its memory answers {r['base_alone']:.0%})" for N, r in last["held_out"].items()]
     return (f"`python train.py` on 2 CPU cores: {last['step']} steps in {last['seconds']:.0f} s, about a minute for the pool before them; "
             f"held-out people and values, trained phrasings: {', '.join(sizes)}.")
 

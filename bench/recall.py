@@ -93,7 +93,8 @@ def side_by_side(views):
     pad = lambda t, value=0: F.pad(t, (0, 0) * (t.ndim - 2) + (0, N - t.shape[1]), value=value)
     stores = [view.tokens for view in distinct.values()]
     parts = [name for name, value in vars(stores[0]).items() if torch.is_tensor(value) and name != "starts"]   # as TokenStore takes them
-    return MemoryView(torch.cat([pad(view.keys) for view in views]), torch.cat([pad(view.valid, False) for view in views]),
+    return MemoryView(torch.cat([pad(view.keys) for view in views]), torch.cat([pad(view.nodes) for view in views]),
+                      torch.cat([pad(view.valid, False) for view in views]),
                       torch.cat([pad(view.episodes + first[id(view)]) for view in views]),
                       TokenStore(*(torch.cat([getattr(store, part) for store in stores]) for part in parts)))
 

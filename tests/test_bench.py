@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
     """A toy base with a context long enough for whole facts in its byte-wise tokens, and an untrained memory beside it."""
     folder = toy_base(tmp_path_factory.mktemp("toy"), max_position_embeddings=4096)
     torch.manual_seed(1)
-    config = MemoryConfig(inject_after=2, heads=2, key_dim=16, token_key_dim=8, gat_dim=8, candidates=4, value_scale=2.0)
+    config = MemoryConfig(inject_after=2, heads=2, key_dim=16, token_key_dim=8, gat_dim=8, candidates=4, readable=2, value_scale=2.0)
     model = GemmaWithMemory(Gemma.from_pretrained(folder), Tokenizer(folder), config, folder)
     for name, p in model.injection.named_parameters():
         if "temperature" in name:

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from gnn import (COSINE, EDGE_FEATURES, LATER, NEXT, PREVIOUS, EpisodicMemoryGNN, GATLayer, most_similar_later,
-                 softmax_by_target, time_and_similarity_edges)
+from gnn import EDGE_FEATURES, NEXT, PREVIOUS, EpisodicMemoryGNN, GATLayer, SimilarityEdges, softmax_by_target, time_edges
 
 N, E, D, C, H, EDGE_DIM = 12, 40, 7, 5, 3, 4
 
@@ -186,71 +185,91 @@ def test_softmax_by_target_is_a_softmax_per_target(seed, e, n, shift):
 
 # ------------------------------------------------------------------------------------------------ the episode graph
 
-def edges_of(similar, cosine, valid, **options):
-    """{(source, target, column, cosine)} of time_and_similarity_edges, each checked to carry one type."""
-    edge_index, edge_attr = time_and_similarity_edges(similar, cosine, valid, **options)
-    assert edge_index.dtype == torch.long and edge_attr.shape == (edge_index.shape[1], EDGE_FEATURES)
-    assert (edge_attr[:, :COSINE].sum(1) == 1).all()
-    rows = zip(edge_index.T.tolist(), edge_attr[:, :COSINE].argmax(1).tolist(), edge_attr[:, COSINE].tolist())
-    found = [(source, target, column, round(cos, 4)) for (source, target), column, cos in rows]
-    assert len(found) == len(set(found))
-    return set(found)
+def test_time_edges_of_a_hand_worked_example():
+    """Catches a swapped direction, numbers without the graph's offset, and edges to, from or across empty places.
 
+    Three graphs with room for three; the second holds two, the third has a hole.
 
-def test_edges_of_a_hand_worked_example():
-    """Catches a swapped direction, numbers without the graph's offset, and edges to or from empty places.
-
-    Two graphs with room for three; the second holds two. Node 0 ("lives in Lisbon") is like 2 ("moved to Oslo").
-
-        PREVIOUS    0 -> 1 -> 2        3 -> 4    5
+        PREVIOUS    0 -> 1 -> 2        3 -> 4    .        6    .    8
         NEXT        0 <- 1 <- 2        3 <- 4
-        LATER       0 <------ 2        3 <- 4
     """
-    similar = torch.tensor([[[2, -1], [-1, -1], [-1, -1]], [[1, -1], [-1, -1], [1, -1]]])   # graph 1, place 2 is empty
-    cosine = torch.zeros(2, 3, 2)
-    cosine[0, 0, 0], cosine[1, 0, 0], cosine[1, 2, 0] = 0.75, 0.5, 0.9
-    valid = torch.tensor([[True, True, True], [True, True, False]])
-    time = {(0, 1, PREVIOUS, 0), (1, 2, PREVIOUS, 0), (3, 4, PREVIOUS, 0), (1, 0, NEXT, 0), (2, 1, NEXT, 0), (4, 3, NEXT, 0)}
-    later = {(2, 0, LATER, 0.75), (4, 3, LATER, 0.5)}
-    assert edges_of(similar, cosine, valid) == time | later
-    assert edges_of(similar, cosine, valid, time_edges=False) == later
-    assert edges_of(similar[..., :0], cosine[..., :0], valid) == time
-    assert edges_of(similar[..., :0], cosine[..., :0], valid, time_edges=False) == set()
-    hole = torch.tensor([[True, False, True], [False, True, True]])
-    assert edges_of(similar[..., :0], cosine[..., :0], hole) == {(4, 5, PREVIOUS, 0), (5, 4, NEXT, 0)}
+    valid = torch.tensor([[True, True, True], [True, True, False], [True, False, True]])
+    edge_index, edge_attr = time_edges(valid)
+    assert edge_index.dtype == torch.long and edge_attr.shape == (6, EDGE_FEATURES) and (edge_attr.sum(1) == 1).all()
+    found = {(source, target, kind) for (source, target), kind in zip(edge_index.T.tolist(), edge_attr.argmax(1).tolist())}
+    assert found == {(0, 1, PREVIOUS), (1, 2, PREVIOUS), (3, 4, PREVIOUS), (1, 0, NEXT), (2, 1, NEXT), (4, 3, NEXT)}
+    for nothing in (valid[:, :1], valid[:, :0], valid & False):            # one episode each, no room at all, nothing told
+        edge_index, edge_attr = time_edges(nothing)
+        assert edge_index.shape == (2, 0) and edge_attr.shape == (0, EDGE_FEATURES)
 
 
-def test_most_similar_later_looks_forward_only():
-    """Catches an old fact that silences a new one, a node like itself, likeness to empty places, and S larger than N."""
-    own = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [2.0, 0.2], [1.0, 0.1], [1.0, 0.0]]])
-    valid = torch.tensor([[True, True, True, True, False]])
-    similar, cosine = most_similar_later(own, valid, S=2)
-    assert similar.tolist() == [[[2, 3], [-1, -1], [3, -1], [-1, -1], [-1, -1]]] or \
-        similar.tolist() == [[[3, 2], [-1, -1], [3, -1], [-1, -1], [-1, -1]]]
-    expected = F.cosine_similarity(own[0, 0], own[0, 2], dim=0)
-    assert torch.allclose(cosine[0, 0], expected.expand(2), atol=1e-6)
-    assert torch.equal(cosine[similar < 0], torch.zeros(int((similar < 0).sum())))
-    similar, cosine = most_similar_later(own, valid, S=9)
-    assert similar.shape == cosine.shape == (1, 5, 9) and (similar[..., 5:] == -1).all()
-    similar, cosine = most_similar_later(own, valid, S=0)
-    assert similar.shape == cosine.shape == (1, 5, 0)
+def random_candidates(R=3, k=5, seed=0):
+    """A SimilarityEdges with random weights, and what it is asked about; candidates stand in any order."""
+    torch.manual_seed(seed)
+    edges = SimilarityEdges(D)
+    with torch.no_grad():
+        edges.bias.fill_(-1.0)                                             # at its start nearly nothing is silenced
+    places = torch.stack([torch.randperm(20)[:k] for _ in range(R)])
+    return edges, [torch.rand(R, k), F.normalize(torch.randn(R, k, H, C), dim=-1), torch.randn(R, k, D), places]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 10_000), n=st.integers(1, 8), S=st.integers(1, 3), floor=st.sampled_from([-1.0, 0.0, 0.5]))
-def test_most_similar_later_matches_a_loop(seed, n, S, floor):
-    """Catches a wrong mask or threshold: the slow version looks at every pair."""
-    generator = torch.Generator().manual_seed(seed)
-    own = torch.randn(2, n, 4, generator=generator)
-    valid = torch.rand(2, n, generator=generator) < 0.8
-    similar, cosine = most_similar_later(own, valid, S, floor)
-    for g in range(2):
-        for i in range(n):
-            likes = [(float(F.cosine_similarity(own[g, i], own[g, j], dim=0)), j) for j in range(i + 1, n)
-                     if valid[g, i] and valid[g, j]]
-            best = [(c, j) for c, j in sorted(likes, reverse=True)[:S] if c >= floor]
-            assert [j for j in similar[g, i].tolist() if j >= 0] == [j for _, j in best]
-            assert torch.allclose(cosine[g, i, :len(best)], torch.tensor([c for c, _ in best]), atol=1e-5)
+@torch.no_grad()
+def test_similarity_edges_match_a_loop():
+    """Catches replacer and replaced mixed up, a mean where the sum over later candidates belongs, and heads not averaged."""
+    edges, (match, keys, nodes, places) = random_candidates()
+    silenced = edges(match, keys, nodes, places)
+    for r in range(3):
+        for i in range(5):
+            still = 1.0
+            for j in range(5):
+                if places[r, j] > places[r, i]:
+                    alike = sum(float(keys[r, i, h] @ keys[r, j, h]) for h in range(H)) / H
+                    score = edges.fits * (match[r, j] - match[r, i]) + edges.alike * alike + edges.bias
+                    score = score + edges.says(nodes[r, j])[0] + edges.says(nodes[r, i])[1]
+                    still *= 1 - float(torch.sigmoid(score))
+            assert float(silenced[r, i]) == pytest.approx(math.log(still), rel=1e-3, abs=1e-5)
+
+
+@torch.no_grad()
+def test_only_later_candidates_silence():
+    """Catches an old fact that silences a new one, an episode that silences itself, and one question's candidates in another's."""
+    edges, (match, keys, nodes, places) = random_candidates()
+    silenced = edges(match, keys, nodes, places)
+    latest = places.argmax(1, keepdim=True)
+    assert (silenced.gather(1, latest) == 0).all() and (silenced < 0).sum() == silenced.numel() - len(silenced)
+    for j in range(5):
+        other = nodes.clone()
+        other[0, j] += 3 * edges.says.weight[0]                            # speaks up: replaces more
+        changed = edges(match, keys, other, places) != silenced
+        assert not changed[0, places[0] > places[0, j]].any() and not changed[1:].any()
+        assert changed[0, places[0] < places[0, j]].all()
+    order = torch.randperm(5)
+    shuffled = edges(match[:, order], keys[:, order], nodes[:, order], places[:, order])
+    torch.testing.assert_close(shuffled, silenced[:, order], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_fits_better_and_is_alike_silences_more():
+    """Catches a sign the wrong way round: "moved to Oslo" must silence "lives in Lisbon", not the fact about somebody else."""
+    edges = SimilarityEdges(D)
+    keys, places = F.normalize(torch.randn(1, 1, H, C), dim=-1).repeat(1, 2, 1, 1), torch.tensor([[3, 8]])
+    silenced = lambda old, new, keys=keys: float(edges(torch.tensor([[old, new]]), keys, torch.zeros(1, 2, D), places)[0, 0])
+    twins, other = silenced(0.5, 0.5), keys * torch.tensor([1.0, -1.0])[:, None, None]
+    assert silenced(0.5, 0.9) < twins < silenced(0.9, 0.5) < 0
+    assert twins < silenced(0.5, 0.5, other) < 0
+
+
+def test_similarity_edges_learn_from_silence():
+    """Catches a detached score, and a log of 1 - sigmoid that is -inf or without a gradient where a score is large."""
+    edges, parts = random_candidates()
+    with torch.no_grad():
+        edges.fits.fill_(300.0)
+    parts = [part.requires_grad_(part.is_floating_point()) for part in parts]
+    silenced = edges(*parts)
+    assert silenced.isfinite().all() and silenced.min() < -100
+    silenced.sum().backward()
+    for p in [*edges.parameters(), *parts[:3]]:
+        assert p.grad.isfinite().all() and p.grad.abs().sum() > 0
 
 
 # ------------------------------------------------------------------------------------------------ EpisodicMemoryGNN
@@ -264,30 +283,35 @@ def random_gnn(seed=0, **options):
     return gnn.eval()
 
 
-def keys_of_graphs(gnn, x, valid, similar=None, cosine=None):
+def keys_of_graphs(gnn, x, valid):
     """x (G, N, D) -> keys (G, N, H, C)."""
-    G, n = valid.shape
-    similar = torch.full((G, n, 1), -1) if similar is None else similar
-    cosine = torch.zeros(similar.shape) if cosine is None else cosine
-    edges = time_and_similarity_edges(similar, cosine, valid)
-    return gnn.keys(x.flatten(0, 1), *edges).view(G, n, gnn.heads, gnn.key_dim)
+    return gnn.keys(x.flatten(0, 1), *time_edges(valid)).view(*valid.shape, gnn.heads, gnn.key_dim)
 
 
 @torch.no_grad()
 def test_who_hears_whom():
-    """Catches messages that run the wrong way: "she" must hear the sentence before it, an old fact its later twin.
-
-    Changing one node changes its own key and those of its neighbours in time (and of the node whose twin it is), no other.
-    """
+    """Catches messages that run further than to the neighbours, or not to them: "she" must hear the sentence before it."""
     gnn, x, valid = random_gnn(), torch.randn(1, 6, D), torch.ones(1, 6, dtype=torch.bool)
-    similar, cosine = torch.full((1, 6, 1), -1), torch.zeros(1, 6, 1)
-    similar[0, 0, 0], cosine[0, 0, 0] = 4, 0.9          # node 4 makes node 0 out of date
-    before = keys_of_graphs(gnn, x, valid, similar, cosine)
-    for node, listeners in ((2, {1, 2, 3}), (4, {0, 3, 4, 5}), (0, {0, 1})):
+    before = keys_of_graphs(gnn, x, valid)
+    for node, listeners in ((2, {1, 2, 3}), (5, {4, 5}), (0, {0, 1})):
         changed = x.clone()
         changed[0, node] += 1
-        after = keys_of_graphs(gnn, changed, valid, similar, cosine)
+        after = keys_of_graphs(gnn, changed, valid)
         assert {i for i in range(6) if not torch.equal(before[0, i], after[0, i])} == listeners
+
+
+@torch.no_grad()
+def test_each_head_has_a_gate_of_its_own():
+    """Catches one gate for all heads, and heads that are gated by another's: a closed gate leaves what the node itself says."""
+    gnn, x, valid = random_gnn(), torch.randn(1, 3, D), torch.ones(1, 3, dtype=torch.bool)
+    heard = gnn.heard.weight.view(gnn.heads, gnn.key_dim, gnn.heads, -1)
+    heard[0, :, 1], heard[1, :, 0] = 0.0, 0.0                              # key head h hears GAT head h alone
+    own = F.normalize(gnn.own(gnn.standardise(x)).view(1, 3, 2, 6), dim=-1)
+    gnn.gate.weight.zero_()
+    gnn.gate.bias.copy_(torch.tensor([-100.0, 100.0]))
+    keys = keys_of_graphs(gnn, x, valid)
+    assert torch.allclose(keys[:, :, 0], own[:, :, 0], atol=1e-6)
+    assert ((keys - own)[:, :, 1].abs().amax(-1) > 1e-3).all()
 
 
 @torch.no_grad()
@@ -330,7 +354,7 @@ def test_keys_do_not_depend_on_what_all_sentences_share():
     shifted.mean += 100.0
     assert torch.allclose(keys_of_graphs(shifted, x + 100.0, valid), keys, atol=1e-4)
     own = random_gnn(use_graph=False)
-    scaled = F.normalize(own.own_keys(own.mean + (x - own.mean) * 0.5).view(1, 4, 2, 6), dim=-1)
+    scaled = keys_of_graphs(own, own.mean + (x - own.mean) * 0.5, valid)
     assert torch.allclose(scaled, keys_of_graphs(own, x, valid), atol=1e-5)
 
 
@@ -351,6 +375,34 @@ def test_weights_over_episodes_and_null_sum_to_one(cosine_keys):
         alone = gnn.log_weights(query[g:g + 1], keys[g:g + 1, order], valid[g:g + 1, order], valid[g:g + 1].sum(1)).exp()
         assert torch.allclose(alone[0][..., :4], weights[g][..., order], atol=1e-6)
         assert torch.allclose(alone[0][..., 4], weights[g][..., 4], atol=1e-6)
+
+
+@torch.no_grad()
+def test_evidence_is_added_to_the_scores():
+    """Catches evidence that reaches null or another row, is scaled by the temperature, or wakes an empty place."""
+    gnn, valid = random_gnn(), torch.tensor([[True] * 4, [True, True, False, True]])
+    query, keys, evidence = torch.randn(2, 3, 2, 6), torch.randn(2, 4, 2, 6), 3 * torch.randn(2, 2, 4)
+    plain = gnn.log_weights(query, keys, valid, valid.sum(1))
+    odds = lambda log_weights: log_weights[..., :-1] - log_weights[..., -1:]     # against null, which has no evidence
+    added = (odds(gnn.log_weights(query, keys, valid, valid.sum(1), evidence)) - odds(plain)).permute(0, 3, 1, 2)   # (G, N, S, H)
+    torch.testing.assert_close(added[valid], evidence.mT[valid][:, None].expand(-1, 3, -1), rtol=1e-3, atol=1e-4)
+    assert torch.isneginf(gnn.log_weights(query, keys, valid, valid.sum(1), evidence)[1, ..., 2]).all()
+
+
+@torch.no_grad()
+def test_pooled_context_matches_a_loop():
+    """Catches null that counts as an episode, values in the wrong order, and heads or rows that are mixed."""
+    R, T, k, M, width = 2, 3, 4, 5, 6
+    log_weights, inside = torch.randn(R, T, H, k + 1).log_softmax(-1), torch.rand(R, T, H, k, M)
+    values = torch.randn(R, k * M, width)
+    context = EpisodicMemoryGNN.pooled_context(log_weights, inside, values)
+    assert context.shape == (R, T, H, width)
+    for r, t, h in [(0, 0, 0), (1, 2, 2), (1, 0, 1), (0, 2, 1)]:
+        slow = sum(log_weights[r, t, h, n].exp() * inside[r, t, h, n, m] * values[r, n * M + m] for n in range(k) for m in range(M))
+        torch.testing.assert_close(context[r, t, h], slow, rtol=1e-4, atol=1e-5)
+    null = torch.full((R, T, H, k + 1), -torch.inf)
+    null[..., -1] = 0
+    assert (EpisodicMemoryGNN.pooled_context(null, inside, values) == 0).all()
 
 
 def test_empty_places_leave_gradients_finite():

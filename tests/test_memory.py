@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from gemma import BOS, PAD, Gemma, InputError, KVCache, Tokenizer
-from gnn import most_similar_later, time_and_similarity_edges
-from memory import DONT_KNOW, GemmaWithMemory, MemoryConfig, MemoryView, TokenStore, pooled
+from memory import DONT_KNOW, LOOKBACK, WINDOW, WORDS, GemmaWithMemory, MemoryConfig, MemoryView, Question, TokenStore
 from toy import FACTS, one_thread, toy_base, toy_model  # noqa: F401 (one_thread is a fixture)
 
 QUESTIONS = ["Where does Maria live?", "What is Tom's locker code?", "Who has the red bike that we saw yesterday?", "Who?"]
@@ -46,13 +46,12 @@ def keys(model):
 
 
 def same_memory(a, b):
-    """Both memories hold the same texts, tokens, nodes, links and keys (ids may differ; floats up to rounding)."""
+    """Both memories hold the same texts, tokens, nodes and keys (ids may differ; floats up to rounding)."""
     x, y = a.memory_graph, b.memory_graph
     assert x.texts == y.texts
     assert torch.equal(x.tokens.ids, y.tokens.ids) and torch.equal(x.tokens.lengths, y.tokens.lengths)
     assert torch.equal(x.tokens.starts, y.tokens.starts) and x.tokens.longest == y.tokens.longest
-    assert torch.equal(x.similar, y.similar)
-    for one, other in ((x.states, y.states), (x.tokens.keys, y.tokens.keys), (x.nodes, y.nodes), (x.own, y.own), (x.cosine, y.cosine), (keys(a), keys(b))):
+    for one, other in ((x.states, y.states), (x.tokens.keys, y.tokens.keys), (x.nodes, y.nodes), (keys(a), keys(b))):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
@@ -108,7 +107,7 @@ def test_states_of_a_text_alone_and_in_a_batch(model):
 
 
 def test_adding_one_by_one_is_adding_at_once(model):
-    """Catches edges, starts or similarity links that an incremental write leaves out of date."""
+    """Catches edges, starts or cached keys that an incremental write leaves out of date."""
     for fact in FACTS[:3]:
         model.add_to_memory(fact)
         model.recall(QUESTIONS[0])                                         # keys are cached in between
@@ -116,35 +115,31 @@ def test_adding_one_by_one_is_adding_at_once(model):
     same_memory(model, fresh(model, FACTS))
 
 
-def test_similarity_links_equal_those_of_the_whole(full):
-    """Catches an incremental search that misses a pair, links backwards, or keeps a worse one."""
-    for end in ("!", " again", "?"):                                       # alike, but no two the same: a tie has no right answer
-        full.add_to_memory([f[:-1] + end for f in FACTS])
-    graph = full.memory_graph
-    S = full.config.similar_edges
-    similar, cosine = most_similar_later(graph.own[None], torch.ones(1, len(graph), dtype=torch.bool), S)
-    torch.testing.assert_close(graph.cosine, cosine[0], rtol=1e-4, atol=1e-4)
-    assert torch.equal(graph.similar, similar[0]) and (graph.similar >= 0).any()
-    later = graph.similar > torch.arange(len(graph))[:, None]
-    assert bool((later | (graph.similar == -1)).all())
-
-
-def test_edges_of_a_small_graph():
-    """Catches a time edge that points the wrong way, and one that links two graphs of a batch or a padded node."""
-    similar = torch.tensor([[[2], [-1], [-1]], [[1], [-1], [-1]]])
-    valid = torch.tensor([[True, True, True], [True, True, False]])
-    index, features = time_and_similarity_edges(similar, torch.full((2, 3, 1), 0.75), valid)
-    edges = {(s, t, tuple(f)) for (s, t), f in zip(index.T.tolist(), features.tolist())}
-    previous, following, later = (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0.75)
-    assert edges == {(0, 1, previous), (1, 2, previous), (3, 4, previous), (1, 0, following), (2, 1, following), (4, 3, following),
-                     (2, 0, later), (4, 3, later)}
+def test_nodes_and_token_keys_by_hand(full):
+    """Catches a node of states or embeddings alone, <bos> in the mean, a token that hears the sentence before, and read and
+    match keys in each other's place."""
+    graph, layer, table = full.memory_graph, full.injection, full.gemma.embed_tokens.weight
+    width = full.config.heads * full.config.token_key_dim
+    unit = lambda key: F.normalize(key.unflatten(-1, (full.config.heads, -1)), dim=-1).flatten(-2)
+    for i, fact in enumerate(FACTS):
+        ids = full.tokenizer.encode(fact, bos=False)
+        start = int(graph.tokens.starts[i])
+        at = slice(start, start + len(ids))
+        assert graph.tokens.ids[at].tolist() == ids
+        states, rows = full.states([[BOS, *ids]])[0], table[ids]
+        torch.testing.assert_close(graph.nodes[i], torch.cat((states.mean(0), rows.mean(0))), rtol=1e-3, atol=1e-4)
+        x = torch.cat((((states - layer.state_mean) / layer.state_std).clamp(-10, 10), rows / rows.pow(2).mean(-1, keepdim=True).sqrt()), -1)
+        before = torch.cat((torch.zeros(1, x.shape[1]), x[:-1]))
+        read, match = layer.token_key_own(x) + layer.token_key_before(before), layer.match_key(x)
+        torch.testing.assert_close(graph.tokens.keys[at, :width], unit(read), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(graph.tokens.keys[at, width:], unit(match), rtol=1e-3, atol=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------------- forgetting
 
 @pytest.mark.parametrize("gone", [[0], [3], [7], [2, 3], [6, 1, 4], list(range(7))])
 def test_forgotten_is_as_if_never_told(full, gone):
-    """Catches neighbours that aren't linked to each other, links to rows that moved, and tokens cut at the wrong place."""
+    """Catches neighbours that aren't linked to each other, nodes of rows that moved, and tokens cut at the wrong place."""
     full.recall(QUESTIONS[0])
     for episode in gone:
         full.forget(episode)
@@ -241,71 +236,248 @@ def test_cached_equals_uncached(full):
     assert torch.equal(uncached[:, T - 1:-1].argmax(-1), new)
 
 
-def test_packed_memories_are_separate_memories(full):
-    """Catches training batches in which a question reads another graph's episodes, or a padded one."""
-    parts = [FACTS[:3], FACTS[3:8]]
-    models = [fresh(full, part) for part in parts]
-    graphs = [m.memory_graph for m in models]
-    N, (keys_a, keys_b) = 5, map(keys, models)
-    store = TokenStore(*(torch.cat([getattr(g.tokens, name) for g in graphs]) for name in ("ids", "keys", "lengths")))
-    view = MemoryView(torch.stack((F.pad(keys_a, (0, 0, 0, 0, 0, 2)), keys_b)),
-                      torch.tensor([[True] * 3 + [False] * 2, [True] * 5]), torch.tensor([[0, 1, 2, 0, 0], [3, 4, 5, 6, 7]]), store)
-    torch.manual_seed(0)
-    h = torch.randn(4, 6, full.gemma.config.hidden_size)                   # two questions to each memory
-    pool = pooled(full.injection.standardise(h), torch.ones(4, 6))[:, None]
-    last = torch.tensor([5, 3, 5, 4])
-    packed = full.injection.read(h, pool, last, view)
-    for row in range(4):
-        alone = full.injection.read(h[row:row + 1], pool[row:row + 1], last[row:row + 1], models[row // 2].memory_graph.view(full.injection))
-        torch.testing.assert_close(packed.context[row], alone.context[0], rtol=1e-4, atol=1e-4)
+def evidence(layer, *arguments):
+    return layer.compare(0, *arguments)[0]
+
+
+def random_question(full, R, T=3 * WORDS, seed=0):
+    """R random questions of T tokens, of which the first and some others don't ask; each ends somewhere else."""
+    torch.manual_seed(seed)
+    x = torch.randn(R, T, 2 * full.gemma.config.hidden_size)
+    mask = torch.rand(R, T) < 0.8
+    mask[:, 0] = False
+    for row in range(R):
+        mask[row, T - 1 - row % 3:] = False
+        mask[row, T - 2 - row % 3] = True
+    assert mask.sum(1).min() > WORDS
+    return x, Question(x, mask)
+
+
+def packed(full, parts):
+    """Memories of these parts as one MemoryView, padded with what must not count; and each by itself."""
+    alone = [fresh(full, part).memory_graph for part in parts]
+    views, N = [graph.view(full.injection) for graph in alone], max(map(len, parts))
+    store = TokenStore(*(torch.cat([getattr(graph.tokens, name) for graph in alone]) for name in ("ids", "keys", "lengths")))
+    pad = lambda t: torch.cat((t, t[:, :1].expand(-1, N - t.shape[1], *t.shape[2:])), 1)   # as in training: some other sentence
+    first = [sum(map(len, parts[:g])) for g in range(len(parts))]
+    view = MemoryView(*(torch.cat([pad(getattr(v, name)) for v in views]) for name in ("keys", "nodes")),
+                      torch.tensor([[n < len(part) for n in range(N)] for part in parts]),
+                      torch.cat([pad(v.episodes + f) for v, f in zip(views, first)]), store)
+    return view, views
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("similar_edges", [False, True])
+def test_packed_memories_are_separate_memories(full, similar_edges):
+    """Catches training batches in which a question reads or compares another memory's episodes, or a padded one, which also
+    must not silence others; and rows that answer with another row's candidates or words."""
+    full.injection.config = replace(full.config, similar_edges=similar_edges)
+    full.injection.similarity.bias.fill_(0.0)
+    parts = [FACTS[:3], FACTS[3:8], ["x", "y"]]                            # fewer than there are candidates, and just enough
+    view, views = packed(full, parts)
+    x, question = random_question(full, 6)                                 # two questions to each memory
+    together = full.injection.read(x, question, view)
+    for row in range(6):
         n = len(parts[row // 2])
-        assert packed.asked[-1][row, :, n:N].exp().sum() == 0
-        torch.testing.assert_close(packed.asked[-1][row, :, -1], alone.asked[-1][0, :, -1], rtol=1e-4, atol=1e-4)
+        single = full.injection.read(x[row:row + 1], Question(x[row:row + 1], question.mask[row:row + 1]), views[row // 2])
+        assert together.asked[-1][row, :, n:-1].exp().sum() == 0
+        for hop in range(2):
+            k = min(n, full.config.candidates)
+            assert together.candidates[hop][row, :k].tolist() == single.candidates[hop][0].tolist()
+            torch.testing.assert_close(together.ranked[hop][row][:, [*range(k), -1]], single.ranked[hop][0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(together.asked[hop][row, :, -1], single.asked[hop][0, :, -1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together.context[row], single.context[0], rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_each_candidate_is_compared_for_itself(full):
+    """Catches evidence, or what was said, that goes to another candidate or row where comparisons are shared and done 256 sentences at a time."""
+    layer = full.injection
+    layer.config = replace(full.config, similar_edges=False)
+    view = fresh(full, [f"{fact} {i}" for i in range(45) for fact in FACTS]).memory_graph.view(layer)
+    x, question = random_question(full, 3)
+    best = torch.stack([torch.randperm(360)[:120] for _ in range(3)])
+    graph, keys = torch.zeros(3, dtype=torch.long), view.keys[0][best]
+    together = evidence(layer, question, None, view, graph, best, keys)
+    assert together.std(-1).min() > 1e-3
+    for i in range(0, 120, 7):
+        alone = evidence(layer, question, None, view, graph, best[:, i:i + 1], keys[:, i:i + 1])
+        torch.testing.assert_close(together[..., i:i + 1], alone, rtol=1e-4, atol=1e-4)
+    _, said = layer.compare(0, question, None, view, graph, best, keys)
+    _, said_alone = layer.compare(0, question, None, view, graph, best[:, 99:], keys[:, 99:])
+    torch.testing.assert_close(said(best[:, 110:]), said_alone(best[:, 110:]), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_borrowing_stops_at_the_first_sentence(full):
+    """Catches a second sentence that borrows, as "the one two before", the words of the first; also where another memory ends there."""
+    layer, (x, question) = full.injection, random_question(full, 4)
+    layer.config = replace(full.config, similar_edges=False)
+    layer.lookback.weight.zero_()
+    view, _ = packed(full, [FACTS[:4], FACTS[4:]])
+    best, graph = torch.arange(4).expand(4, -1), torch.tensor([0, 0, 1, 1])
+    with_gate = []
+    for back in range(LOOKBACK + 1):                                       # which gate is open: none, that of the sentence before, of two before
+        layer.lookback.bias.copy_(torch.tensor([100.0 if b == back else -100.0 for b in range(1, LOOKBACK + 1)]).repeat_interleave(2))
+        with_gate.append(evidence(layer, question, None, view, graph, best, view.keys[graph]))
+    for back in range(1, LOOKBACK + 1):
+        assert torch.equal(with_gate[back][..., :back], with_gate[0][..., :back])
+        more = with_gate[back] > with_gate[0]
+        assert (with_gate[back] >= with_gate[0]).all() and more[..., back:].flatten(1).any(1).all()
+    layer.config = replace(full.config, similar_edges=False, time_edges=False)
+    torch.testing.assert_close(evidence(layer, question, None, view, graph, best, view.keys[graph]), with_gate[0])
+
+
+@torch.no_grad()
+def test_no_word_counts_against_an_episode(full):
+    """Catches a likeness below 0, and with it evidence that depends on how long the longest episode happens to be."""
+    width = full.config.heads * full.config.token_key_dim
+    ones = torch.ones(3, 2 * width) / full.config.token_key_dim ** 0.5
+    q = -F.normalize(torch.ones(1, 2, full.config.heads, full.config.token_key_dim), dim=-1)
+    for lengths, episodes in (([1, 1, 1], 3), ([1, 2], 2)):
+        store = TokenStore(torch.zeros(3, dtype=torch.long), ones, torch.tensor(lengths))
+        like, said = full.injection.likeness(q, store, torch.arange(episodes)[None])
+        assert like.shape == (1, full.config.heads, 2, episodes) and said.shape == (1, full.config.heads, episodes, max(lengths))
+        assert (like == 0).all() and (said == 0).all()
+
+
+@torch.no_grad()
 def test_reading_equals_the_slow_way(full):
-    """Catches a mistake in the two stages, the second hop, or the values: everything in loops over heads, episodes and tokens."""
-    layer, gnn, graph, config = full.injection, full.injection.gnn, full.memory_graph, full.config
-    H, D, N, k = config.heads, full.gemma.config.hidden_size, len(graph), config.candidates
-    torch.manual_seed(0)
-    h, pool = torch.randn(1, 1, D), torch.randn(1, 1, D)
-    out = layer.read(h, pool, torch.tensor([0]), graph.view(layer))
+    """Catches a mistake in any of the four stages, in the second hop, or in the values: everything in loops over heads,
+    episodes, words and tokens."""
+    layer, gnn, graph, config, table = full.injection, full.injection.gnn, full.memory_graph, full.config, full.gemma.embed_tokens.weight
+    similarity = layer.similarity
+    layer.match_threshold.copy_(torch.tensor([0.5, 0.8]))
+    similarity.bias.fill_(0.0)
+    layer.lookback.bias.fill_(2.0)
+    H, D, N, k, r = config.heads, full.gemma.config.hidden_size, len(graph), config.candidates, config.readable
+    assert r < k < N and config.hops == 2
+    x, question = random_question(full, 1)
+    out = layer.read(x, question, graph.view(layer))
+    x, asking = x[0], question.mask[0].nonzero()[:, 0].tolist()
+    last, after = asking[-1], len(x) - 1                                   # the position that asks, and one of the answer
     unit = lambda v: v / v.norm()
-    head = lambda linear, v, i: linear(v).view(H, -1)[i]
-    standard = lambda v: ((v - layer.state_mean) / layer.state_std).clamp(-10, 10)
-    x, pool, all_keys = standard(h[0, 0]), pool[0, 0], keys(full)
-    added = torch.zeros(H * config.key_dim)
-    for hop in range(config.hops):
-        context, over_all, tokens = torch.zeros(H, D), torch.zeros(H, N + 1), {}
-        for i in range(H):
-            query = unit(head(layer.query_own, x, i) + head(layer.query_pool, pool, i) + added.view(H, -1)[i])
-            scores = torch.stack([query @ key for key in [*all_keys[:, i], unit(gnn.null_key[i])]])
-            sharp = gnn.log_temperature[i].exp() * math.log(N + 2) / math.log(18)
-            over_all[i] = (scores * sharp).softmax(0)
-        best = over_all.mean(0)[:N].topk(k).indices.tolist()
-        found = torch.zeros(D)
-        for i in range(H):
-            among = over_all[i, [*best, N]] / over_all[i, [*best, N]].sum()              # softmax again, over the candidates and null
-            for share, n in zip(among, best):
-                start, M = int(graph.tokens.starts[n]), int(graph.tokens.lengths[n])
-                states = [standard(s) for s in graph.states[start:start + M]]
-                before = [torch.zeros(D), *states[:-1]]
-                token_query = unit(head(layer.token_query_own[hop], x, i) + head(layer.token_query_pool[hop], pool, i))
-                token_keys = [unit(head(layer.token_key_own, s, i) + head(layer.token_key_before, b, i)) for s, b in zip(states, before)]
-                weights = (torch.stack([token_query @ key for key in token_keys]) * layer.log_token_temperature[i].exp()).softmax(0)
-                for weight, token in zip(weights, graph.tokens.ids[start:start + M]):
-                    value = full.gemma.embed_tokens.weight[token]
-                    value = value / value.pow(2).mean().sqrt()
-                    context[i] += share * weight * value
-                    found += share * weight * value / H
-        if hop + 1 < config.hops:
-            added = added + layer.hop_query[hop](found)
+    head = lambda linear, v, i: linear(v).view(-1, H, linear(v).numel() // H)[0, i]
+    value = lambda token: table[token] / table[token].pow(2).mean().sqrt()
+    clamped = lambda v, mean, std: ((v - mean) / std).clamp(-10, 10)
+    pool, all_keys, nodes = x[asking].mean(0), keys(full), clamped(graph.nodes, gnn.mean, gnn.std)
+    tokens = []                                                            # of each episode: (id, features, features of the one before)
+    for start, M in zip(graph.tokens.starts.tolist(), graph.tokens.lengths.tolist()):
+        ids = graph.tokens.ids[start:start + M].tolist()
+        features = [torch.cat((clamped(graph.states[start + m], layer.state_mean, layer.state_std), value(ids[m]))) for m in range(M)]
+        tokens.append(list(zip(ids, features, [torch.zeros(2 * D), *features[:-1]])))
+    sharp = [gnn.log_temperature[i].exp() * math.log(N + 2) / math.log(18) for i in range(H)]
+    added, found = {p: torch.zeros(H, config.key_dim) for p in (last, after)}, None
+    for hop in range(2):
+        score = {(p, i): [float(sharp[i] * unit(head(layer.query_own, x[p], i) + head(layer.query_pool, pool, i) + added[p][i]) @ key)
+                          for key in [*all_keys[:, i], unit(gnn.null_key[i])]] for p in (last, after) for i in range(H)}
+        # 1. The best k by their keys.
+        over_all = torch.tensor([score[last, i] for i in range(H)]).softmax(-1)
         torch.testing.assert_close(out.asked[hop][0].exp(), over_all, rtol=1e-3, atol=1e-4)
-        assert out.chosen[hop][0].tolist() == best
-    torch.testing.assert_close(out.context[0, 0], context, rtol=1e-3, atol=1e-3)
-    delta = sum(context[i] @ layer.value_map[i] for i in range(H)) * h.pow(2).mean().sqrt()
-    torch.testing.assert_close(layer.inject(h, out.context, torch.tensor([[False]]))[0, 0], h[0, 0] + delta, rtol=1e-3, atol=1e-3)
-    assert torch.equal(layer.inject(h, out.context, torch.tensor([[True]])), h)
+        candidates = over_all.mean(0)[:N].topk(k).indices.tolist()
+        assert out.candidates[hop][0].tolist() == candidates
+        # 2. Word by word: the most telling words of the question, and as one more what the hop before has found.
+        words = sorted(asking, key=lambda t: -layer.match_weight[hop](x[t]).mean())[:WORDS]
+        assert len(words) < len(asking)
+        match, said = torch.zeros(H, N), {}                                # said: how like a token is to what the question says
+        for i in range(H):
+            telling = [layer.match_weight[hop](x[t])[i] for t in words] + ([torch.tensor(0.0)] if hop else [])
+            asks = [unit(head(layer.match_query[hop], x[t], i)) for t in words] + ([unit(head(layer.match_found[hop - 1], found, i))] if hop else [])
+            like = lambda word, n: max(0.0, *(float(word @ unit(head(layer.match_key, f, i))) for _, f, _ in tokens[n]))
+            for n in candidates:
+                gates = torch.sigmoid(layer.lookback(nodes[n]) - 1).view(LOOKBACK, H)[:, i].tolist()
+                said[i, n] = [max(0.0, *(float(word @ unit(head(layer.match_key, f, i))) for word in asks)) for _, f, _ in tokens[n]]
+                for weight, word in zip(torch.stack(telling).softmax(0), asks):
+                    borrowed = [gates[b - 1] * like(word, n - b) for b in range(1, LOOKBACK + 1) if n >= b]
+                    match[i, n] += weight * max([like(word, n), *borrowed])
+        evidence = torch.zeros(H, N)
+        for n in candidates:
+            silenced = 0.0
+            for j in candidates:
+                if j > n:
+                    alike = sum(all_keys[n, i] @ all_keys[j, i] for i in range(H)) / H
+                    better = match.mean(0)[j] - match.mean(0)[n]
+                    replaces = (similarity.fits * better + similarity.alike * alike + similarity.bias
+                                + similarity.says(nodes[j])[0] + similarity.says(nodes[n])[1])
+                    silenced += math.log(1 - torch.sigmoid(replaces))
+            for i in range(H):
+                evidence[i, n] = layer.log_match_temperature[i].exp() * (match[i, n] - layer.match_threshold[i]) + silenced
+        among = lambda p, some: torch.stack([torch.tensor([score[p, i][n] + float(evidence[i, n]) for n in some] + [score[p, i][N]]).softmax(0)
+                                             for i in range(H)])
+        ranked = among(last, candidates)
+        torch.testing.assert_close(out.ranked[hop][0].exp(), ranked, rtol=1e-3, atol=1e-4)
+        chosen = [candidates[c] for c in ranked.mean(0)[:k].topk(r).indices.tolist()]
+        assert out.chosen[hop][0].tolist() == chosen
+        # 3. and 4. Every position weighs these, and the tokens inside them.
+        context = {p: torch.zeros(H, D) for p in (last, after)}
+        for p in (last, after):
+            shares = among(p, chosen)
+            torch.testing.assert_close(out.weights[hop][0, p].exp(), shares, rtol=1e-3, atol=1e-4)
+            for i in range(H):
+                asks = unit(head(layer.token_query_own, x[p], i) + head(layer.token_query_pool[hop], pool, i))
+                for c, n in enumerate(chosen):
+                    inside = torch.stack([asks @ unit(head(layer.token_key_own, f, i) + head(layer.token_key_before, b, i)) for _, f, b in tokens[n]])
+                    heard = torch.tensor([said[i, n], [0.0, *said[i, n][:-1]]])                    # of the token, of the one before
+                    inside = ((inside + layer.said_weight[hop, i] @ heard) * layer.log_token_temperature[i].exp()).softmax(0)
+                    context[p][i] += shares[i, c] * sum(weight * value(token) for weight, (token, _, _) in zip(inside, tokens[n]))
+                    if hop == 1:
+                        M = len(inside)
+                        torch.testing.assert_close(out.token_weights[0, p, i, c, :M], inside, rtol=1e-3, atol=1e-4)
+                        assert out.token_ids[0, c].tolist() == [t for t, _, _ in tokens[n]] + [-1] * (graph.tokens.longest - M)
+        if hop == 0:
+            added = {p: layer.hop_query[0](context[p].mean(0)).view(H, -1) for p in added}
+            found = context[last].mean(0)
+    for p in context:
+        torch.testing.assert_close(out.context[0, p], context[p], rtol=1e-3, atol=1e-3)
+    h = torch.randn(1, 1, D)
+    delta = sum(context[after][i] @ layer.value_map[i] for i in range(H)) * h.pow(2).mean().sqrt()
+    added = layer.inject(h, out.context[:, after:after + 1], torch.tensor([[False]]))
+    torch.testing.assert_close(added[0, 0], h[0, 0] + delta, rtol=1e-3, atol=1e-3)
+    assert torch.equal(layer.inject(h, out.context[:, :1], torch.tensor([[True]])), h)
+
+
+@torch.no_grad()
+def test_without_a_prompt_each_position_asks_with_its_window(full):
+    """Catches a window that is too long or ends elsewhere, padding that asks, and parts of 256 put together in the wrong order."""
+    layer, T = full.injection, WINDOW + 9
+    layer.view = full.memory_graph.view(layer)
+    x = torch.randn(7, T, 2 * full.gemma.config.hidden_size)               # 7 * T > 256
+    layer.speaking = torch.arange(T) >= torch.arange(7)[:, None]
+    context = layer.read_everywhere(x)
+    for row, t in ((0, 0), (0, WINDOW + 5), (3, 4), (6, T - 1), (6, 8)):
+        window = slice(max(0, t - WINDOW + 1), t + 1)
+        alone = layer.read(x[row:row + 1, t:t + 1], Question(x[row:row + 1, window], layer.speaking[row:row + 1, window]), layer.view)
+        torch.testing.assert_close(context[row, t], alone.context[0, 0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_features_drop_out_while_training_alone(full):
+    """Catches answers that differ from one time to the next, keys of dropped-out features that stay, and training without dropout."""
+    full.injection.config = full.config = replace(full.config, dropout=0.5)
+    ids, before = full.memory_graph.tokens.ids, full.recall(QUESTIONS[0])
+    features = lambda: full.injection.features(ids, full.memory_graph.states)
+    plain = features()
+    assert torch.equal(features(), plain)
+    full.train()
+    dropped = features()
+    assert 0.4 < (dropped == 0).float().mean() < 0.6
+    torch.testing.assert_close(dropped[dropped != 0], 2 * plain[dropped != 0])
+    full.recall(QUESTIONS[0])
+    full.eval()
+    assert torch.equal(features(), plain) and full.recall(QUESTIONS[0]) == before
+
+
+@torch.no_grad()
+def test_weights_of_the_candidates_stand_at_their_episodes(full):
+    """Catches weights in the order of the candidates, or of another hop, and episodes that weigh without being one."""
+    full.recall(QUESTIONS[2])
+    reading = full.injection.reading
+    for hop in range(full.config.hops):
+        weights, candidates = full.weights(hop)[0], reading.candidates[hop][0].tolist()
+        expected = dict(zip([*candidates, len(FACTS)], reading.ranked[hop][0].exp().mean(0).tolist()))
+        assert weights.tolist() == pytest.approx([expected.get(n, 0.0) for n in range(len(FACTS) + 1)])
+    assert len(candidates) == full.config.candidates < len(FACTS)
+    assert torch.equal(full.weights(), full.weights(1)) and not torch.equal(full.weights(0), full.weights(1))
 
 
 def test_null_above_its_threshold_is_a_refusal(full):
@@ -390,7 +562,7 @@ def test_training_moves_the_memory_and_never_the_base(full):
 
 
 def test_episodes_told_before_training_follow_the_new_weights(full):
-    """Catches keys and similarity links that still come from the weights before training."""
+    """Catches keys of episodes or tokens that still come from the weights before training."""
     full.recall(QUESTIONS[0])
     full.train()
     optimizer = torch.optim.AdamW(full.trainable_parameters(), lr=1e-1)
@@ -408,16 +580,17 @@ def test_the_optimizer_gets_nothing_of_the_base(full):
     assert not any("table" in name for name in full.injection.state_dict())
 
 
-OPTIONS = [dict(node_features="embedding"), dict(query="pooled"), dict(read="episode"), dict(graph=False), dict(hops=1), dict(hops=3),
-           dict(time_edges=False), dict(similar_edges=0), dict(similar_edges=3, time_edges=False), dict(cosine_keys=False),
-           dict(identity_values=False), dict(chat=True), dict(candidates=99), dict(time_edges=False, similar_edges=0),
-           dict(node_features="embedding", query="pooled", read="episode"), dict(inject_after=4), dict(inject_after=1)]
+OPTIONS = [dict(node_features="hidden"), dict(node_features="embedding"), dict(query="pooled"), dict(read="episode"), dict(graph=False),
+           dict(hops=1), dict(hops=3), dict(time_edges=False), dict(similar_edges=False), dict(match=False), dict(match=False, read="episode"), dict(said=False),
+           dict(cosine_keys=False), dict(identity_values=False), dict(chat=True), dict(candidates=99, readable=99), dict(readable=1),
+           dict(candidates=1), dict(time_edges=False, similar_edges=False), dict(inject_after=4), dict(inject_after=1),
+           dict(node_features="embedding", query="pooled", read="episode", match=False)]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_option_runs_end_to_end(folder, tmp_path, options):
     """Catches a choice of MemoryConfig that no longer adds, asks, forgets, trains, saves or loads."""
-    small = dict(inject_after=2, heads=2, key_dim=16, token_key_dim=8, gat_dim=8, candidates=4, null_threshold=1.0, value_scale=1.0)
+    small = dict(inject_after=2, heads=2, key_dim=16, token_key_dim=8, gat_dim=8, candidates=4, readable=2, null_threshold=1.0, value_scale=1.0)
     torch.manual_seed(0)
     model = GemmaWithMemory(Gemma.from_pretrained(folder), Tokenizer(folder), MemoryConfig(**{**small, **options}), folder)
     model.add_to_memory(FACTS)
@@ -500,7 +673,8 @@ def damage(change):
     damage(lambda s: s.pop("memory")), damage(lambda s: s.pop("base")), damage(lambda s: s["base"].pop("name")),
     damage(lambda s: s["base"].update(name=5)), damage(lambda s: s["base"].pop("config")), damage(lambda s: s["base"].update(tokenizer=[])),
     damage(lambda s: s["memory"].pop("inject_after")), damage(lambda s: s["memory"].update(heads="2")), damage(lambda s: s["memory"].update(heads=True)),
-    damage(lambda s: s["memory"].update(heads=4)), damage(lambda s: s["memory"].update(hops=0)), damage(lambda s: s["memory"].update(query="both")),
+    damage(lambda s: s["memory"].update(heads=4)), damage(lambda s: s["memory"].update(hops=0)), damage(lambda s: s["memory"].update(query="half")),
+    damage(lambda s: s["memory"].update(similar_edges=3)), damage(lambda s: s["memory"].update(readable=0)), damage(lambda s: s["memory"].update(match=False)),
     damage(lambda s: s["memory"].update(speed=9)), damage(lambda s: s["memory"].update(inject_after=5)),
     lambda f: (f / "memory.json").write_text("[1]"), lambda f: (f / "memory.json").write_bytes(b"\xff\xfe{"), lambda f: (f / "memory.json").unlink(),
     lambda f: (f / "memory.safetensors").unlink(), lambda f: (f / "memory.safetensors").write_bytes(b""),

@@ -172,12 +172,21 @@ def test_scores_agree_with_answers(shipped, pool):
                 assert shipped.prompt(question) == pool.sequences.ids[begin:begin + prompt].tolist()
                 n = len(shipped.memory_graph)
                 shipped.recall(question)
-                torch.testing.assert_close(shipped.weights()[0, :n], out["reading"].asked[-1].exp().mean(1)[r, :n], rtol=1e-3, atol=1e-4)
-                torch.testing.assert_close(shipped.weights()[0, n], null[r], rtol=1e-3, atol=1e-4)
+                reading, mine = out["reading"], shipped.weights()[0]
+                for row, weight in zip(reading.candidates[-1][r].tolist(), reading.ranked[-1].exp().mean(1)[r].tolist()):
+                    assert weight == pytest.approx(mine[row].item() if row < n else 0.0, rel=1e-3, abs=1e-4)
+                torch.testing.assert_close(mine[n], null[r], rtol=1e-3, atol=1e-4)
                 if batch["known"][r].any():
-                    expected = text_of(pool.sequences, sequence, shipped.tokenizer, prompt).strip()
-                    seen.append((shipped.answer(question) == expected, bool(right[r])))
-        assert len(seen) > 6 and all(a == b for a, b in seen), seen
+                    mine = out["row"] == r
+                    forced, targets = out["logits"][mine].argmax(-1).tolist(), out["targets"][mine].tolist()
+                    spoken = [t.item() for t in shipped.stream(*shipped.batch([question])[:1], max_new_tokens=len(targets), stop=())]
+                    agree = next((i for i, (a, b) in enumerate(zip(forced, targets)) if a != b), len(targets) - 1) + 1
+                    assert spoken[:agree] == forced[:agree]                # the two see the same until one leaves the target
+                    assert bool(right[r]) == (forced == targets)
+                    if right[r]:
+                        assert shipped.answer(question) == text_of(pool.sequences, sequence, shipped.tokenizer, prompt).strip()
+                    seen.append(bool(right[r]))
+        assert len(seen) > 6 and any(seen), seen
     finally:
         shipped.config.null_threshold = threshold
         shipped.clear_memory()
@@ -187,6 +196,8 @@ def test_logits_at_answer_positions_alone_and_no_gradient_below(shipped, pool):
     """Catches logits of the whole sequence (most of a step's time and memory), frozen layers run again, and a gradient in the base."""
     model = untrained(shipped, pool).train()
     torch.nn.init.normal_(model.injection.hop_query[0].weight, std=0.01)   # it starts at zero and lets no gradient through to hop 1
+    batch_loss = lambda out: (torch.nn.functional.cross_entropy(out["logits"], out["targets"]) + sum(train.retrieval_loss(batch, out, 2))
+                              + train.copying_loss(batch, out, 2))
     batch = draw(pool, 4, 32, 16, unknown=0.2, text=0.1)
     ran = []
     hooks = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(model.gemma.layers, 1)]
@@ -197,65 +208,129 @@ def test_logits_at_answer_positions_alone_and_no_gradient_below(shipped, pool):
                 pool.sequences.ids[int(pool.sequences.starts[s]):][int(pool.prompt_length[s]):int(pool.sequences.lengths[s])]]
     assert list(zip(out["row"].tolist(), out["targets"].tolist())) == expected and len(out["logits"]) == len(expected) > 20
     assert ran == list(range(model.config.inject_after + 1, len(model.gemma.layers) + 1))
-    (torch.nn.functional.cross_entropy(out["logits"], out["targets"]) + sum(train.retrieval_loss(batch, out, 2))).backward()
+    at = pool.sequences.starts[batch["sequence"][out["row"]]] + out["position"]
+    assert torch.equal(pool.sequences.ids[at + 1], out["targets"])         # the position is the one before the token
+    batch_loss(out).backward()
     assert all(p.grad is None for p in model.gemma.parameters()) and not pool.sequences.keys.requires_grad
     assert all(bool(p.grad.isfinite().all()) and bool(p.grad.abs().sum() > 0) for p in model.trainable_parameters())
 
 
+def log(*rows):
+    return torch.tensor(rows).log()
+
+
+# Three rows, one head, three episodes and null; candidates 0 and 2 of each; two positions, of which the second is an answer's:
+# a lookup of episode 2, a two-hop from 0 to 2, and a question that nothing answers.
+ROWS = dict(kind=torch.tensor([LOOKUP, TWO_HOP, KINDS.index("unanswerable")]), support=torch.tensor([[2, 0], [0, 2], [0, 0]]),
+            known=torch.tensor([[True, False], [True, True], [False, False]]))
+LISTS = dict(kind=torch.tensor([LIST, TWO_HOP, train.TEXT]), support=ROWS["support"], known=torch.tensor([[True, True], [True, True], [False, False]]))
+
+
+def test_wanted_by_hand():
+    """Catches both facts of a two-hop question wanted at once, the first at the last hop, and null wanted beside a fact."""
+    hot = lambda *rows: [[n in row for n in range(4)] for row in rows]
+    assert train.wanted(ROWS, 0, 2, 3).tolist() == hot({2}, {0}, {3})
+    assert train.wanted(ROWS, 1, 2, 3).tolist() == hot({2}, {2}, {3})
+    assert train.wanted(ROWS, 0, 1, 3).tolist() == hot({2}, {2}, {3})
+    assert train.wanted(ROWS, 1, 3, 3).tolist() == hot({2}, {3}, {3})      # of three hops the one between has nothing to find
+    assert train.wanted(LISTS, 0, 2, 3).tolist() == hot({0, 2}, {0}, {3})
+    assert ROWS["known"].tolist() == [[True, False], [True, True], [False, False]]
+
+
 def test_retrieval_loss_by_hand():
-    """Catches a target on the wrong fact or hop, a mean where a sum belongs, and answer positions that count where none are."""
-    log = lambda *rows: torch.tensor(rows).log()
-    # Three rows, one head, three episodes and null; candidates 0 and 2 of each; two positions, of which the second is an answer's.
+    """Catches a target on the wrong fact or hop, a mean where a sum belongs, rows without the right candidate or episode that
+    count all the same, and answer positions that count where none are."""
     hop1 = log([0.1, 0.2, 0.3, 0.4], [0.5, 0.1, 0.1, 0.3], [0.2, 0.2, 0.2, 0.4])[:, None]
     hop2 = log([0.7, 0.1, 0.1, 0.1], [0.1, 0.2, 0.6, 0.1], [0.1, 0.1, 0.1, 0.7])[:, None]
-    near1 = log([0.2, 0.3, 0.5], [0.6, 0.2, 0.2], [0.3, 0.3, 0.4])
-    near2 = log([0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6])
-    positions = lambda near: torch.stack((torch.full((3, 3), 1 / 3).log(), near), 1)[:, :, None]
-    reading = Reading(None, [hop1, hop2], [torch.tensor([[0, 2]] * 3)] * 2, [positions(near1), positions(near2)], None)
-    # A lookup of episode 2, a two-hop from 0 to 2, and a question that nothing answers.
-    batch = dict(kind=torch.tensor([LOOKUP, TWO_HOP, KINDS.index("unanswerable")]), support=torch.tensor([[2, 0], [0, 2], [0, 0]]),
-                 known=torch.tensor([[True, False], [True, True], [False, False]]))
+    rank1 = log([0.2, 0.3, 0.5], [0.6, 0.2, 0.2], [0.3, 0.3, 0.4])[:, None]
+    rank2 = log([0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6])[:, None]
+    near1, near2 = log([0.9, 0.1], [0.7, 0.3], [0.8, 0.2]), log([0.6, 0.4], [0.2, 0.8], [0.3, 0.7])
+    positions = lambda near: torch.stack((log([0.5, 0.5]).expand(3, 2), near), 1)[:, :, None]
+    chosen = [torch.tensor([[2], [0], [0]]), torch.tensor([[2], [0], [2]])]    # the two-hop question misses its second episode
+    reading = Reading(None, [hop1, hop2], [torch.tensor([[0, 2]] * 3)] * 2, [rank1, rank2], chosen, [positions(near1), positions(near2)], None, None)
     answering = torch.tensor([[False, True], [False, True], [False, False]])
-    out = dict(reading=reading, answering=answering, spoken=torch.ones_like(answering), is_text=torch.tensor([False] * 3))
-    prompt, answer = train.retrieval_loss(batch, out, 2)
+    out = dict(reading=reading, answering=answering, spoken=torch.ones_like(answering))
+    parts = lambda batch, hops: [part.item() for part in train.retrieval_loss(batch, out, hops)]
     logs = lambda *values: -sum(map(math.log, values))
-    assert prompt.item() == pytest.approx(logs(0.3, 0.1, 0.5, 0.6, 0.4, 0.7) / 6, rel=1e-5)
-    assert answer.item() == pytest.approx(logs(0.3, 0.3, 0.6, 0.8) / 6, rel=1e-5)
-    # With a single hop, a two-hop question needs the fact that holds the answer; a list is one mass on both its facts.
-    batch["kind"] = torch.tensor([LIST, TWO_HOP, train.TEXT])
-    batch["known"] = torch.tensor([[True, True], [True, True], [False, False]])
-    out["is_text"] = torch.tensor([False, False, True])
-    prompt, answer = train.retrieval_loss(batch, out, 1)
-    assert prompt.item() == pytest.approx(logs(0.4, 0.1, 0.4) / 3, rel=1e-5)
-    assert answer.item() == pytest.approx((logs(0.5) + logs(0.2) + logs(1 / 3, 0.4) / 2) / 3, rel=1e-5)
+    assert parts(ROWS, 2) == pytest.approx([logs(0.3, 0.5, 0.4, 0.1, 0.6, 0.7) / 6, logs(0.3, 0.6, 0.4, 0.3, 0.8, 0.6) / 6,
+                                            logs(0.9, 0.7, 0.6) / 6], rel=1e-5)
+    # With a single hop, a two-hop question needs the fact that holds the answer; a list is one mass on both its facts; ordinary
+    # text is to be left alone at all its positions.
+    assert parts(LISTS, 1) == pytest.approx([logs(0.4, 0.1, 0.4) / 3, logs(0.5, 0.2, 0.4) / 3, (logs(0.9) + logs(0.5, 0.2) / 2) / 3], rel=1e-5)
+    reading.candidates[0] = torch.tensor([[0, 1]] * 3)                     # episode 2 isn't among them
+    assert parts(ROWS, 1)[:2] == pytest.approx([logs(0.3, 0.1, 0.4) / 3, logs(0.4) / 3], rel=1e-5)
+
+
+def test_copying_loss_by_hand():
+    """Catches tokens of the wrong episode or padding that count, a mean where the sum over tokens belongs, an answer's end that
+    counts though nothing can be copied, and heads averaged after the logarithm."""
+    # One row of a lookup of episode 2, and an unanswerable one; chosen are 0 and 2; two heads; two tokens in each, 7 twice in 2.
+    batch = {name: value[[0, 2]] for name, value in ROWS.items()}
+    weights = torch.stack((log([0.1, 0.2, 0.7], [0.3, 0.4, 0.3]), log([0.5, 0.25, 0.25], [0.2, 0.6, 0.2])))           # (T, H, r + 1)
+    inside = torch.tensor([[[[0.5, 0.5], [0.1, 0.9]], [[0.4, 0.6], [0.2, 0.8]]], [[[1.0, 0.0], [0.3, 0.7]], [[0.1, 0.9], [0.6, 0.4]]]])   # (T, H, r, M)
+    reading = Reading(None, [torch.zeros(2, 2, 4)], None, None, [torch.tensor([[0, 2], [0, 2]])], [torch.stack((weights, weights))],
+                      torch.tensor([[[7, -1], [7, 8]]] * 2), torch.stack((inside, inside)))
+    out = lambda *targets: dict(reading=reading, row=torch.tensor([0] * len(targets)), position=torch.tensor([0, 1, 1])[:len(targets)], targets=torch.tensor(targets))
+    loss = lambda *targets: train.copying_loss(batch, out(*targets), 1).item()
+    first, second = (0.2 * 0.1 + 0.4 * 0.2) / 2, (0.25 * 0.7 + 0.6 * 0.4) / 2      # 7 by the first position, 8 by the second
+    assert loss(7) == pytest.approx(-math.log(first), rel=1e-4)
+    assert loss(7, 8, 9) == pytest.approx(-math.log(first * second) / 2, rel=1e-4)
+    reading.token_ids[0, 1] = 8
+    assert loss(8) == pytest.approx(-math.log((0.2 + 0.4) / 2), rel=1e-4) and loss(7) == loss(9, 9) == 0
+
+
+def test_scores_by_hand():
+    """Catches a first place by the keys alone, a place among the candidates taken for an episode, and one right token of many that is enough."""
+    ranked = log([0.2, 0.5, 0.3], [0.6, 0.3, 0.1], [0.2, 0.1, 0.7])[:, None]
+    reading = Reading(None, [None], [torch.tensor([[1, 2], [2, 0], [0, 1]])], [ranked], None, None, None, None)
+    logits = torch.nn.functional.one_hot(torch.tensor([1, 2, 2, 3]), 5).float()
+    right, found, null = train.scores(ROWS, dict(reading=reading, logits=logits, targets=torch.tensor([1, 2, 2, 4]), row=torch.tensor([0, 0, 1, 1])))
+    assert right.tolist() == [True, False, True] and found.tolist() == [True, True, False]
+    assert null.tolist() == pytest.approx([0.3, 0.1, 0.7])
+    reading.candidates[0][1] = torch.tensor([0, 2])                        # the first fact of two hops: the answer isn't there
+    either = dict(ROWS, kind=torch.tensor([LOOKUP, LIST, LOOKUP]))
+    same = dict(reading=reading, logits=logits, targets=torch.tensor([1, 2, 2, 4]), row=torch.tensor([0, 0, 1, 1]))
+    assert not train.scores(ROWS, same)[1][1] and train.scores(either, same)[1][1]
 
 
 def test_schedule():
     """Catches a rate that never warms up or never falls, and memories that don't grow to the size that was asked for."""
     settings = train.TrainConfig(steps=1000, warmup=50, facts=100, lr=1.0)
-    rates, sizes = zip(*(train.schedule(settings, step) for step in range(1000)))
+    rates, sizes, done = zip(*(train.schedule(settings, step, 1e9) for step in range(1000)))
     assert rates[0] == pytest.approx(0.02) and max(rates) > 0.95 and rates[-1] < 0.03
     assert sizes[0] == 8 and sizes[-1] == max(sizes) <= 100 and list(sizes) == sorted(sizes)
+    assert done == tuple(step / 1000 for step in range(1000))              # without --minutes, time doesn't matter
     assert all(R % train.groups(R, N) == 0 for R in (1, 7, 16, 100, 128) for N in (4, 8, 64, 10_000))
+
+
+def test_schedule_follows_the_clock():
+    """Catches minutes taken for seconds, a run on a slow machine cut off at a high rate, and one on a fast machine that waits for the clock."""
+    settings = train.TrainConfig(steps=1000, warmup=0, facts=64, minutes=2.0, lr=1.0)
+    at_half = train.schedule(settings, 500, 0.0)
+    assert train.schedule(settings, 10, 60.0) == train.schedule(settings, 500, 60.0) == at_half and at_half[2] == 0.5
+    rate, size, done = train.schedule(settings, 20, 120.0)
+    assert (size, done) == (64, 1.0) and rate == pytest.approx(0.02)
+    assert train.schedule(settings, 20, 1e6)[:2] == (rate, size) and train.schedule(settings, 20, 1e6)[2] > 1
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
 
-def losses(model, pool):
+def losses(model, pool, batch):
     with torch.no_grad():
-        batch = draw(pool, 8, 64, 8, 0.1, 0.1, seed=9)
         out = train.forward(model, pool, batch, SETTINGS.tokens)
-        return (torch.nn.functional.cross_entropy(out["logits"], out["targets"]).item(), *map(torch.Tensor.item, train.retrieval_loss(batch, out, 2)))
+        parts = torch.nn.functional.cross_entropy(out["logits"], out["targets"]), *train.retrieval_loss(batch, out, 2), train.copying_loss(batch, out, 2)
+        return [part.item() for part in parts]
 
 
-def test_a_run_moves_the_memory_and_nothing_else(shipped, pool, run, tmp_path):
-    """Catches a loss that doesn't fall, a tensor that nothing trains, a base that changes, and files that don't load."""
+def test_a_run_moves_the_memory_and_nothing_else(shipped, pool, run, tmp_path, monkeypatch):
+    """Catches a part of the loss that doesn't fall even on examples seen again and again, a tensor that nothing trains, a base that changes, and files that don't load."""
     base = {name: t.clone() for name, t in shipped.gemma.state_dict().items()}
     start = untrained(shipped, pool)
-    model = run(steps=30, facts=8)
-    before, after = losses(start, pool), losses(model, pool)
-    weigh = lambda answer, at_prompt, at_answer: answer + SETTINGS.retrieval * (at_prompt + at_answer)
-    assert weigh(*after) < weigh(*before) - 0.03 and after[1] < before[1] and after[2] < before[2], (before, after)
+    batch = draw(pool, 2, 16, 16, 0.1, 0.1)
+    monkeypatch.setattr(pool, "draw", lambda *_: batch)
+    model = run(steps=30)
+    before, after = losses(start, pool, batch), losses(model, pool, batch)
+    assert all(a < b - 0.1 for a, b in zip(after, before)), (before, after)
     assert all(torch.equal(t, base[name]) for name, t in shipped.gemma.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in model.gemma.parameters()) and not model.training
     untouched = dict(start.injection.named_parameters())
@@ -289,6 +364,18 @@ def test_resumed_is_unbroken(run, tmp_path, monkeypatch):
         assert torch.equal(one, other), name
     read = lambda name: [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
     assert [(a["step"], a["loss"]) for a in read("whole")] == [(b["step"], b["loss"]) for b in read("broken")]
+
+
+def test_a_run_ends_after_its_minutes(run, tmp_path, monkeypatch):
+    """Catches --minutes that is ignored, a run that ends unmeasured and unsaved, and one that gets its minutes again when resumed."""
+    clock = iter(range(10 ** 6))                                           # every look at the clock takes a second
+    monkeypatch.setattr(train.time, "time", lambda: float(next(clock)))
+    run(batch=8, facts=8, steps=1000, minutes=0.1)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert "held_out" in lines[-1] and 1 < lines[-1]["step"] < 10 and (tmp_path / "out" / "memory.safetensors").is_file()
+    run(batch=8, facts=8, steps=1000, minutes=0.1, resume=True)
+    again = [json.loads(line)["step"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert again[-1] == lines[-1]["step"] + 1
 
 
 def test_no_checkpoint_to_resume(run, tmp_path):

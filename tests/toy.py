@@ -52,10 +52,11 @@ def toy_base(folder, seed=0, **changes):
 def toy_model(folder, seed=0, **memory_options):
     """Save a toy base and an untrained memory for it in one folder; both are random. Returns the folder.
 
-    The memory speaks loudly (value_scale) and cares which episode it reads (temperature), so that answers depend on the facts.
+    The memory speaks loudly (value_scale) and cares which episode it reads (temperature), so that answers depend on the facts;
+    words of random vectors are alike by chance (threshold), and later episodes silence earlier ones (similarity).
     """
     folder = toy_base(Path(folder).resolve(), seed)
-    options = dict(inject_after=2, heads=2, key_dim=16, token_key_dim=8, gat_dim=8, candidates=4, value_scale=2.0)
+    options = dict(inject_after=2, heads=2, key_dim=16, token_key_dim=8, gat_dim=8, candidates=4, readable=2, value_scale=2.0)
     torch.manual_seed(seed + 1)
     model = GemmaWithMemory(Gemma.from_pretrained(folder), Tokenizer(folder), MemoryConfig(**{**options, **memory_options}), folder)
     for name, p in model.injection.named_parameters():
@@ -63,6 +64,14 @@ def toy_model(folder, seed=0, **memory_options):
             torch.nn.init.normal_(p, std=0.1)                              # zero at the start of training: would hide a bug
         if "temperature" in name:
             p.data.fill_(3.0)                                              # sharp: reads one token rather than the mean of all
+        if name == "match_threshold":
+            p.data.copy_(torch.linspace(0.5, 0.6, len(p)))
+        if name == "log_match_temperature":
+            p.data.fill_(1.5)
+        if name == "similarity.bias":
+            p.data.fill_(-3.0)
+        if name == "said_weight":
+            torch.nn.init.normal_(p)
     model.injection.state_mean.normal_(std=0.1)
     model.injection.gnn.mean.normal_(std=0.1)
     model.save_pretrained(folder)
