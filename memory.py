@@ -59,7 +59,7 @@ class MemoryConfig:
     cosine_keys: bool = True         # False: plain dot products
     identity_values: bool = True     # value maps start as identity x value_scale; False: as small random matrices
     value_scale: float = 0.05
-    dropout: float = 0.1             # of features, while training
+    dropout: float = 0.0             # of features, while training
     null_threshold: float = 0.5      # answer() says it doesn't know when the null weight is above; chosen on validation data
     chat: bool = False               # questions as Gemma's chat turns (instruction-tuned base) instead of "Question: … Answer:"
 

@@ -48,12 +48,12 @@ class TrainConfig:
     variant: str = field(default="graph", metadata={"help": "the design of the memory; graph is the only one so far"})
     model: str = field(default="tiny", metadata={"help": "the base: tiny, gemma-3-270m, a folder, or a Hub id"})
     out: str = field(default="out/memory", metadata={"help": "folder for the trained memory, its checkpoint and log"})
-    steps: int = field(default=170, metadata={"help": "optimizer steps"})
+    steps: int = field(default=190, metadata={"help": "optimizer steps"})
     minutes: float = field(default=0.0, metadata={"help": "end after so many minutes of training if the steps are not done by then; 0: never"})
     batch: int = field(default=128, metadata={"help": "R: questions a step"})
     accumulate: int = field(default=1, metadata={"help": "batches whose gradients are added up to one step"})
-    bundles: int = field(default=6000, metadata={"help": "P: bundles of sentences and questions in the pool"})
-    facts: int = field(default=64, metadata={"help": "the largest memory in training; memories grow up to it"})
+    bundles: int = field(default=4500, metadata={"help": "P: bundles of sentences and questions in the pool"})
+    facts: int = field(default=32, metadata={"help": "the largest memory in training; memories grow up to it"})
     lr: float = field(default=2e-3, metadata={"help": "highest learning rate of AdamW"})
     weight_decay: float = field(default=0.01, metadata={"help": "of AdamW, on matrices"})
     warmup: int = field(default=50, metadata={"help": "steps of linear warm-up; cosine decay follows"})
@@ -64,7 +64,7 @@ class TrainConfig:
     text: float = field(default=0.06, metadata={"help": "share of rows that are ordinary text, for which the memory is to be silent"})
     tokens: int = field(default=40, metadata={"help": "T: longest question with its answer, longer ones are left out; sentences may be 1.6 times as long"})
     open_words: bool = field(default=True, metadata={"help": "values from the whole vocabulary; without them the memory learns to classify, not to copy"})
-    eval_every: int = field(default=85, metadata={"help": "steps between evaluations on held-out people and values"})
+    eval_every: int = field(default=95, metadata={"help": "steps between evaluations on held-out people and values"})
     seed: int = field(default=0, metadata={"help": "of every random draw"})
     device: str = field(default="", metadata={"help": "cpu, cuda, mps; default: a GPU if there is one"})
     workers: int = field(default=0, metadata={"help": "processes that draw the pool's sentences; 0: this one"})
@@ -553,7 +553,7 @@ def options(parser, config_class):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Train a memory on a frozen Gemma.",
-                                     epilog="example: python train.py --model gemma-3-270m --steps 4000 --batch 512 --out out/270m",
+                                     epilog="example: python train.py --model gemma-3-270m --minutes 6 --steps 20000 --batch 1024 --out out/270m",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     options(parser.add_argument_group("training"), TrainConfig)
     options(parser.add_argument_group("memory"), MemoryConfig)
