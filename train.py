@@ -69,6 +69,7 @@ class TrainConfig:
     device: str = field(default="", metadata={"help": "cpu, cuda, mps; default: a GPU if there is one"})
     workers: int = field(default=0, metadata={"help": "processes that draw the pool's sentences; 0: this one"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the layers above the injection"})
+    init: str = field(default="", metadata={"help": "folder of a trained memory to start from, with a fresh optimizer; default: from nothing"})
     resume: bool = field(default=False, metadata={"help": "go on from the checkpoint in --out"})
 
 
@@ -85,6 +86,8 @@ class TrainConfig:
         out = Path(self.out)
         if out.exists() and not out.is_dir():
             raise InputError(f"expected a folder as --out, got the file {out}; name another.")
+        if self.init and not (Path(self.init) / "memory.safetensors").is_file():
+            raise InputError(f"expected a folder that save_pretrained wrote as --init, got {self.init!r}, which holds no memory.safetensors.")
         if self.resume and not (out / "checkpoint.safetensors").is_file():
             raise InputError(f"{out}: expected a checkpoint to resume from, but there is none; train without --resume first.")
 
@@ -466,6 +469,8 @@ def train(settings, memory_config=None, model=None, pools=None):
                      Pool(model, "validation", max(200, settings.bundles // 20), settings.tokens, settings.seed + 1, draw=draw))
     pool, held_out = pools
     pool.set_statistics(model)
+    if settings.init:
+        model.load_memory(Path(settings.init) / "memory.safetensors")
     parameters = model.trainable_parameters()
     optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1]},
                                    {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}],
@@ -514,7 +519,7 @@ def train(settings, memory_config=None, model=None, pools=None):
                           retrieval_loss=[round(part.item(), 4) for part in retrieval], copying_loss=round(copying.item(), 4), seconds=round(time.time() - ready, 1),
                           examples_per_second=round(seen / (time.time() - ready)))
             if measure:
-                last = evaluate(model, held_out, settings)
+                last = evaluate(model, held_out, settings, questions=2048 if device.type == "cuda" else 512)
                 values["held_out"] = last
                 if last_step:
                     for N, alone in evaluate(model, held_out, settings, silent=True).items():
@@ -522,7 +527,8 @@ def train(settings, memory_config=None, model=None, pools=None):
                 score = sum(r["recall"] or 0.0 for r in last.values())
                 if best is None or score >= best:
                     best = score
-                    model.trained = dict({k: v for k, v in asdict(settings).items() if k not in ("out", "device", "resume", "workers")},
+                    model.trained = dict({k: v for k, v in asdict(settings).items() if k not in ("out", "init", "device", "resume", "workers")},
+                                         init=Path(settings.init).name,
                                          step=step + 1, held_out=last)
                     model.save_pretrained(folder)
             lines.append(json.dumps(values))

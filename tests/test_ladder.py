@@ -29,7 +29,7 @@ def base(tmp_path_factory):
 def short(base, tmp_path, monkeypatch):
     """short(*options) runs the ladder on the toy base into tmp_path/out, with next to no training and few questions."""
     evaluate = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda model, pool, settings: evaluate(model, pool, settings, questions=8))
+    monkeypatch.setattr(train, "evaluate", lambda *inputs, **options: evaluate(*inputs, **{**options, "questions": 8}))
     monkeypatch.setattr(ladder, "ROWS", 8)
     monkeypatch.setattr(ladder, "HELD_OUT", 20)
     return lambda *options: ladder.main([*SHORT, "--model", str(base), "--out", str(tmp_path / "out"), *options])

@@ -49,7 +49,7 @@ def untrained(shipped, pool, config=None, seed=SETTINGS.seed):
 def run(shipped, pool, tmp_path, monkeypatch):
     """train() on the shared pool, with evaluations of a few questions: run(**settings) -> the trained model."""
     evaluate = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda model, pool, settings: evaluate(model, pool, settings, questions=16))
+    monkeypatch.setattr(train, "evaluate", lambda *inputs, **options: evaluate(*inputs, **{**options, "questions": 16}))
 
     def run(config=None, **changes):
         settings = replace(SETTINGS, **{"out": str(tmp_path / "out"), **changes})
@@ -376,6 +376,17 @@ def test_a_run_ends_after_its_minutes(run, tmp_path, monkeypatch):
     run(batch=8, facts=8, steps=1000, minutes=0.1, resume=True)
     again = [json.loads(line)["step"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert again[-1] == lines[-1]["step"] + 1
+
+
+def test_a_run_can_start_from_a_trained_memory(run, tmp_path):
+    """Catches --init that starts from nothing all the same, forgets what inputs look like on average, or names a folder in the memory."""
+    first = run(out=str(tmp_path / "first"), steps=2, batch=8, facts=8)
+    again = run(out=str(tmp_path / "again"), steps=1, batch=8, facts=8, lr=0.0, init=str(tmp_path / "first"))
+    for (name, one), other in zip(first.injection.state_dict().items(), again.injection.state_dict().values()):
+        assert torch.equal(one.bfloat16().float() if one.ndim > 1 else one, other), name
+    assert again.trained["init"] == "first"
+    with pytest.raises(InputError, match="--init"):
+        run(init=str(tmp_path / "nowhere"))
 
 
 def test_no_checkpoint_to_resume(run, tmp_path):
