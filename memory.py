@@ -446,19 +446,25 @@ class MemoryInjectionLayer(nn.Module, Injection):
             return h
         x = self.features(self.input_ids, h)
         if self.question is None and not self.memo:
-            return self.inject(h, self.read_everywhere(x), ~self.speaking)
+            context, heard = self.read_everywhere(x)
+            return self.inject(h, context, ~(self.speaking & heard))
         # While decoding, the question was put at prefill, and the memo knows what it chose.
         self.reading = self.read(x, None if self.memo else Question(x, self.question), self.view, self.memo)
         return self.inject(h, self.reading.context, ~self.speaking)
 
     def read_everywhere(self, x):
-        """No prompt is marked: every position asks for itself, with the WINDOW tokens up to it, so that none sees its future."""
+        """No prompt is marked: every position asks for itself, with the WINDOW tokens up to it, so that none sees its future.
+
+        Returns the context (B, T, H, D), and where it is to be heard (B, T): text that asks nothing is left as it is, to the
+        bit, so a position for which null outweighs all episodes hears nothing.
+        """
         B, T, _ = x.shape
         windows = F.pad(x, (0, 0, WINDOW - 1, 0)).unfold(1, WINDOW, 1).flatten(0, 1)                       # (B * T, F, WINDOW)
         masks = F.pad(self.speaking, (WINDOW - 1, 0)).unfold(1, WINDOW, 1).flatten(0, 1)                   # (B * T, WINDOW)
-        parts = [self.read(at, Question(window.mT, mask), self.view).context
+        parts = [self.read(at, Question(window.mT, mask), self.view)
                  for at, window, mask in zip(x.reshape(B * T, 1, -1).split(256), windows.split(256), masks.split(256))]
-        return torch.cat(parts).unflatten(0, (B, T))[:, :, 0]
+        null = torch.cat([part.ranked[-1][..., -1].exp().mean(1) for part in parts])                       # (B * T,)
+        return torch.cat([part.context for part in parts]).unflatten(0, (B, T))[:, :, 0], (null < 0.5).view(B, T)
 
 
 def pooled(x, mask):

@@ -212,6 +212,15 @@ def test_bare_forward_is_causal(full):
         torch.testing.assert_close(full(ids[:, :cut]), whole[:, :cut], rtol=1e-4, atol=1e-4)
 
 
+def test_text_that_asks_nothing_is_left_as_it_is(full):
+    """Catches a memory that murmurs: where null outweighs all episodes at every position, logits are the base's to the bit."""
+    ids = torch.tensor([full.tokenizer.encode(FACTS[0] + " " + FACTS[3])])
+    with torch.no_grad():
+        assert not torch.equal(full(ids), full.gemma(ids))
+        full.injection.match_threshold += 100.0                            # nothing is alike enough: null takes all
+        assert torch.equal(full(ids), full.gemma(ids))
+
+
 def test_bos_is_left_as_it_is(full):
     """Catches <bos>, whose state is an outlier, asking or being added to: its logits are the base's."""
     ids, mask = full.batch(QUESTIONS)
@@ -443,11 +452,12 @@ def test_without_a_prompt_each_position_asks_with_its_window(full):
     layer.view = full.memory_graph.view(layer)
     x = torch.randn(7, T, 2 * full.gemma.config.hidden_size)               # 7 * T > 256
     layer.speaking = torch.arange(T) >= torch.arange(7)[:, None]
-    context = layer.read_everywhere(x)
+    context, heard = layer.read_everywhere(x)
     for row, t in ((0, 0), (0, WINDOW + 5), (3, 4), (6, T - 1), (6, 8)):
         window = slice(max(0, t - WINDOW + 1), t + 1)
         alone = layer.read(x[row:row + 1, t:t + 1], Question(x[row:row + 1, window], layer.speaking[row:row + 1, window]), layer.view)
         torch.testing.assert_close(context[row, t], alone.context[0, 0], rtol=1e-4, atol=1e-4)
+        assert bool(heard[row, t]) == (alone.ranked[-1][0, :, -1].exp().mean().item() < 0.5)
 
 
 @torch.no_grad()
