@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from bench.common import table
+from bench.common import percent, table
 from bench.recall import report
 from gemma import InputError, replacing
 
@@ -25,6 +25,14 @@ def recall(name):
     head, first, _, refused = report({"recall": result["recall"]}).split("\n\n")[:4]
     lead = re.sub(r" --out \S+", "", result["command"])
     return f"`{lead}`, {result['hardware']}, {result['seconds']['total']:.0f} s. {head} (95% intervals):\n\n{first}"
+
+
+def natural(name):
+    """The last line of bench.natural's table."""
+    result = json.loads((HERE / "results" / f"natural-{name}.json").read_text(encoding="utf-8"))
+    cell = lambda what: percent(result["all"][what], True)
+    return (f"`python -m bench.natural --model {name}`, {result['hardware']}: of {result['all']['exact']['n']} questions {cell('exact')}% "
+            f"answered exactly, right episode first for {cell('first')}%, {cell('refused_wrongly')}% refused that had an answer.")
 
 
 def training(_):
@@ -53,7 +61,7 @@ def filled(text):
     """README text with every block of figures made anew."""
     def block(match):
         what, _, name = match[1].partition(" ")
-        return f"<!-- figures: {match[1]} -->\n{dict(recall=recall, training=training, default=default)[what](name)}\n<!-- end -->"
+        return f"<!-- figures: {match[1]} -->\n{dict(recall=recall, natural=natural, training=training, default=default)[what](name)}\n<!-- end -->"
     return re.sub(r"<!-- figures: ([\w. -]+?) -->.*?<!-- end -->", block, text, flags=re.S)
 
 
