@@ -13,7 +13,7 @@ Four ideas do the work; `bench/ladder.py` measures what each is worth:
 
 Letters: G memories of a batch (1 outside of training) · R rows, R / G questions to each memory · T tokens of a row ·
 N episodes · k candidates, of which some are read · M tokens of an episode · H heads · D hidden size · F = 2 D features of a
-token · C head width.
+token · C head width. Where words are compared: W words of a question · U episodes that questions on one memory look at.
 """
 
 import sys
@@ -55,7 +55,7 @@ class MemoryConfig:
     said: bool = True                # False: readers don't know which words of an episode the question has said itself
     graph: bool = True               # False: keys without the GAT
     time_edges: bool = True          # previous <-> next; and a pronoun's sentence borrows the words of the two before it
-    similar_edges: bool = True       # later candidates may silence earlier ones
+    similar_edges: bool = True       # later candidates may silence earlier ones; this, said and borrowing need match
     cosine_keys: bool = True         # False: plain dot products
     identity_values: bool = True     # value maps start as identity x value_scale; False: as small random matrices
     value_scale: float = 0.05
@@ -73,9 +73,11 @@ class MemoryConfig:
             if name not in known or not (type(value) is known[name] or (known[name] is float and type(value) is int)):
                 raise InputError(f"{source}: unexpected memory setting {name} = {value!r}; restore the file that was saved.")
         config = cls(**raw)
-        if min(config.inject_after, config.heads, config.key_dim, config.token_key_dim, config.gat_dim, config.candidates,
-               config.readable, config.hops) < 1:
-            raise InputError(f"{source}: memory settings must be positive; restore the file that was saved.")
+        for name in ("inject_after", "heads", "key_dim", "token_key_dim", "gat_dim", "candidates", "readable", "hops"):
+            if getattr(config, name) < 1:
+                raise InputError(f"{source}: expected {name} of at least 1, got {getattr(config, name)}.")
+        if not 0 <= config.dropout < 1:
+            raise InputError(f"{source}: expected dropout from 0 to below 1, got {config.dropout}.")
         for name, choices in (("node_features", ("both", "hidden", "embedding")), ("query", ("token", "pooled")), ("read", ("token", "episode"))):
             if getattr(config, name) not in choices:
                 raise InputError(f"{source}: expected {name} to be one of {', '.join(choices)}, got {getattr(config, name)!r}.")
@@ -187,12 +189,15 @@ class EpisodeGraph:
 
 
 def node_width(config, hidden_size):
+    """Width of an episode's node, of `node_features`."""
     return hidden_size * (2 if config.node_features == "both" else 1)
 
 
 def node_features(config, states, embeddings):
     """What the mean of is an episode's node: states and embeddings, each (tokens, D) -> (tokens, D or 2 D)."""
-    return {"hidden": states, "embedding": embeddings, "both": torch.cat((states, embeddings), -1)}[config.node_features].float()
+    if config.node_features == "both":
+        return torch.cat((states, embeddings), -1).float()
+    return (states if config.node_features == "hidden" else embeddings).float()
 
 
 # ---------------------------------------------------------------------------------------------- the injection layer
@@ -333,13 +338,13 @@ class MemoryInjectionLayer(nn.Module, Injection):
                 best = asked[..., :-1].exp().mean(1).topk(min(config.candidates, N), dim=-1).indices       # (R, k)
                 keys, valid = view.keys[graph[:, None], best], view.valid[graph[:, None], best]
                 # 2. Compared word by word, which of these? The best few will be read.
-                evidence, said = self.compare(hop, question, found[rows, last] if hop else None, view, graph, best, keys) \
+                evidence, said_of = self.compare(hop, question, found[rows, last] if hop else None, view, graph, best, keys) \
                     if config.match else (keys.new_zeros(R, config.heads, best.shape[1]), None)
                 ranked = self.gnn.log_weights(at[:, None], keys, valid, count[graph], evidence)[:, 0]      # (R, H, k + 1)
                 top = ranked[..., :-1].exp().mean(1).topk(min(config.readable, best.shape[1]), dim=-1).indices   # (R, r)
                 chosen = best.gather(1, top)
                 evidence = evidence.gather(2, top[:, None].expand(-1, config.heads, -1))
-                said = said(chosen) if hasattr(self, "said_weight") else None                              # (R, H, r, M)
+                said = said_of(chosen) if hasattr(self, "said_weight") else None                           # (R, H, r, M)
                 place, real = view.tokens.places(view.episodes[graph[:, None], chosen])
                 memo[hop] = (asked, best, ranked, chosen, keys[rows[:, None], top], valid.gather(1, top), evidence,
                              view.tokens.ids[place], self.heads(view.tokens.keys[:, :config.heads * config.token_key_dim][place]), real, said)
@@ -390,6 +395,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         most = like.gather(-1, at[0])                                                                      # (R, H, W, k)
         if self.config.time_edges:
             # Beside its own words a sentence may borrow those of the sentences before it: it may start with "she".
+            # The - 1 keeps the gate mostly shut at first: few sentences do.
             borrow = torch.sigmoid(self.lookback(nodes).float() - 1).unflatten(-1, (LOOKBACK, -1)).permute(2, 0, 3, 1)     # (LOOKBACK, R, H, k)
             for b in back[1:]:
                 most = torch.maximum(most, like.gather(-1, at[b]) * (borrow[b - 1] * (best >= b)[:, None])[:, :, None])
@@ -398,7 +404,10 @@ class MemoryInjectionLayer(nn.Module, Injection):
         if self.config.similar_edges:
             told = best.masked_fill(~view.valid[graph[:, None], best], -1)                                 # an empty place silences nobody
             evidence = evidence + self.similarity(match.mean(1), keys, nodes, told)[:, None]
-        return evidence, lambda chosen: said.gather(2, slot[graph[:, None], chosen][:, None, :, None].expand(-1, said.shape[1], -1, said.shape[-1]))
+
+        def said_of(chosen):
+            return said.gather(2, slot[graph[:, None], chosen][:, None, :, None].expand(-1, said.shape[1], -1, said.shape[-1]))
+        return evidence, said_of
 
     def likeness(self, q, tokens, episodes):
         """How like each word of R questions is to the most similar word of each episode, and each word of an episode to the

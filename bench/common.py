@@ -126,3 +126,11 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def out_folder(out, what, model):
+    """The folder that a command writes to, by default out/WHAT-MODEL. Raises InputError where a file of that name stands."""
+    out = out or Path("out") / f"{what}-{Path(model).name}"
+    if out.exists() and not out.is_dir():
+        raise InputError(f"expected --out to be a folder, got the file {out}; name another.")
+    return out

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from bench.common import Parser, commit, hardware, percent, plotting, run, save_figure, share, table
+from bench.common import Parser, commit, hardware, out_folder, percent, plotting, run, save_figure, share, table
 from data_gen import KINDS
 from gemma import Gemma, InputError, Tokenizer, check_device, find_model, read_json, write_json
 from memory import GemmaWithMemory, MemoryConfig, find_base
@@ -374,9 +374,7 @@ def parse_arguments(arguments):
     for name in ("steps", "minutes", "questions"):
         if getattr(args, name) is not None and not (getattr(args, name) > 0 and math.isfinite(getattr(args, name))):
             raise InputError(f"expected --{name} above 0, got {getattr(args, name)}.")
-    args.out = args.out or Path("out") / f"ladder-{Path(args.model).name}"
-    if args.out.exists() and not args.out.is_dir():
-        raise InputError(f"expected --out to be a folder, got the file {args.out}; name another.")
+    args.out = out_folder(args.out, "ladder", args.model)
     TrainConfig(batch=args.batch, bundles=args.bundles, facts=args.facts, tokens=args.tokens, lr=args.lr, warmup=args.warmup,
                 workers=args.workers, out=str(args.out)).check()
     if (args.out / "ladder.json").exists() and not args.resume:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench.common import Parser, commit, hardware, percent, run, share, table
+from bench.common import Parser, commit, hardware, out_folder, percent, run, share, table
 from bench.recall import ask, remember
 from gemma import InputError, check_device, read_json, write_json
 from memory import DONT_KNOW, GemmaWithMemory
@@ -87,9 +87,7 @@ def parse_arguments(arguments):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, … (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, help="folder for natural.json (default out/natural-MODEL)")
     args = parser.parse_args(arguments)
-    args.out = args.out or Path("out") / f"natural-{Path(args.model).name}"
-    if args.out.exists() and not args.out.is_dir():
-        raise InputError(f"expected --out to be a folder, got the file {args.out}; name another.")
+    args.out = out_folder(args.out, "natural", args.model)
     return args
 
 

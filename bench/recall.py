@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from bench.common import Parser, commit, hardware, percent, plotting, run, save_figure, share, table
+from bench.common import Parser, commit, hardware, out_folder, percent, plotting, run, save_figure, share, table
 from data_gen import FEWEST_FACTS, World, open_vocabulary
 from gemma import PAD, InputError, KVCache, check_device, read_json, write_json
 from memory import SHIPPED, GemmaWithMemory, MemoryView, TokenStore
@@ -805,9 +805,7 @@ def parse_arguments(arguments):
             raise InputError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(args, name)}.")
     if args.set_threshold and "refusal" not in args.only:
         raise InputError("expected 'refusal' among --only, because --set-threshold chooses the threshold there; add it.")
-    args.out = args.out or Path("out") / f"recall-{Path(args.model).name}"
-    if args.out.exists() and not args.out.is_dir():
-        raise InputError(f"expected --out to be a folder, got the file {args.out}; name another.")
+    args.out = out_folder(args.out, "recall", args.model)
     return args
 
 

@@ -683,7 +683,7 @@ def damage(change):
     damage(lambda s: s.pop("memory")), damage(lambda s: s.pop("base")), damage(lambda s: s["base"].pop("name")),
     damage(lambda s: s["base"].update(name=5)), damage(lambda s: s["base"].pop("config")), damage(lambda s: s["base"].update(tokenizer=[])),
     damage(lambda s: s["memory"].pop("inject_after")), damage(lambda s: s["memory"].update(heads="2")), damage(lambda s: s["memory"].update(heads=True)),
-    damage(lambda s: s["memory"].update(heads=4)), damage(lambda s: s["memory"].update(hops=0)), damage(lambda s: s["memory"].update(query="half")),
+    damage(lambda s: s["memory"].update(heads=4)), damage(lambda s: s["memory"].update(hops=0)), damage(lambda s: s["memory"].update(dropout=1.5)), damage(lambda s: s["memory"].update(query="half")),
     damage(lambda s: s["memory"].update(similar_edges=3)), damage(lambda s: s["memory"].update(readable=0)), damage(lambda s: s["memory"].update(match=False)),
     damage(lambda s: s["memory"].update(speed=9)), damage(lambda s: s["memory"].update(inject_after=5)),
     lambda f: (f / "memory.json").write_text("[1]"), lambda f: (f / "memory.json").write_bytes(b"\xff\xfe{"), lambda f: (f / "memory.json").unlink(),

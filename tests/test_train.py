@@ -422,7 +422,7 @@ def test_gradients_that_are_not_finite(run, monkeypatch, bad, ends):
 # -------------------------------------------------------------------------------------------------------- command line
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--model", "nonsense"], "'tiny'"), (["--out", "taken"], "taken"), (["--steps", "-1"], "steps"), (["--inject-after", "99"], "layers"),
+    (["--model", "nonsense"], "'tiny'"), (["--out", "taken"], "taken"), (["--steps", "-1"], "steps"), (["--dropout", "2"], "dropout"), (["--readable", "0"], "readable"), (["--inject-after", "99"], "layers"),
     (["--resume"], "checkpoint")])
 def test_bad_arguments_are_one_sentence(tmp_path, arguments, says):
     """Catches a traceback, and minutes of preparing before the message."""
