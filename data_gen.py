@@ -8,6 +8,7 @@ from the tokenizer's whole vocabulary, whatever the question asks for: a locker 
 
 How the file goes, top to bottom:
   * `data_gen.json` holds attributes and relations with their sentence templates, names, things, lists and patterns of values
+  * `data_scenes.json` holds scenes: sentences that tell several things at once, each with questions on every one of them
   * a `World` draws from one split of it: train, validation and test share no name, no thing and no value, train and test
     no template either; every draw comes from the seed
   * `World.bundle()` tells one to five attributes of a subject in one to six sentences, and asks about them
@@ -24,6 +25,7 @@ import re
 import sys
 import zlib
 from dataclasses import asdict, dataclass
+from itertools import count
 from operator import itemgetter
 from pathlib import Path
 from random import Random
@@ -39,18 +41,20 @@ SPLITS = ("train", "validation", "test")
 HERE = Path(__file__).resolve().parent
 
 # How often what is drawn. With these, about half of all questions are lookups.
-TWO_HOP, NOISE = 0.20, 0.05                 # bundles on two related persons; bundles that answer nothing
+TWO_HOP, NOISE = 0.22, 0.05                 # bundles on two related persons; bundles that answer nothing
 PERSON, FIRST_PERSON = 0.62, 0.10           # of the others, those on a person; of these, those on "I"
 TWIN = 0.28                                 # two subjects with similar names and the same attributes: hard negatives
 ATTRIBUTES = {1: 0.36, 2: 0.36, 3: 0.18, 4: 0.07, 5: 0.03}                      # how many are told of a subject
-WAYS = dict(plain=0.47, joined=0.08, mentioned=0.10, continued=0.12, update=0.23)  # how one is told: see World.tell
+WAYS = dict(plain=0.42, joined=0.08, mentioned=0.10, continued=0.12, update=0.28)  # how one is told: see World.tell
+STORY, OPEN_IN_STORY = 0.33, 0.07           # bundles of scenes; their values that may be anything
+CHANGED = 0.5                               # scenes that can change do
 OPEN_ATTRIBUTE = 0.3                        # attributes that are any noun: "Maria's tax advisor is 4821"
-LIST = 0.45                                 # an attribute that may have two values is told with two
+LIST = 0.35                                 # an attribute that may have two values is told with two
 SECOND_QUESTION, UNANSWERABLE = 0.3, 0.75   # a second phrasing; one more question, that can't be answered,
 UNKNOWN = 0.3                               # because its subject is unknown (else: the attribute wasn't told)
-INVENTED, OPEN_VALUE = 0.18, 0.5            # names, and values, that no list holds
+INVENTED, OPEN_VALUE = 0.18, 0.35           # names, and values, that no list holds
 QUOTED, WRAPPED = 0.1, 0.12                 # values in quotes; facts inside a longer utterance
-FILLED, WORN = 0.2, 0.15                    # sentences with a filler, "I think", somewhere; and without some small word
+FILLED, WORN = 0.15, 0.1                    # sentences with a filler, "I think", somewhere; and without some small word
 SMALL = {"the", "a", "an", "is", "was", "that", "so", "just", "now", "and", "of", "to", "has", "it's"}
 LEANING = SMALL | {"my", "in", "on", "at", "for", "with", "by", "from", "as", "no", "not", "what", "which", "whose"}   # on the word after
 FORCED = dict(lookup=["plain"], coreference=["mentioned", "continued"], update=["update"], list=["list"])
@@ -62,6 +66,8 @@ SYMBOLS = {"#": "0123456789", "^": "123456789", "?": "ABCDEFGHJKLMNPRSTUVWXYZ", 
 PRONOUN_HOLES = ("{Sub}", "{sub}", "{Poss}", "{poss}", "{obj}")
 PRONOUNS = {"female": ("She", "she", "Her", "her", "her"), "male": ("He", "he", "His", "his", "him"),
             "it": ("It", "it", "Its", "its", "it")}
+HOLE = re.compile(r"\{([a-z]\w*)\}(?<!\{p\})(?<!\{sub\})(?<!\{poss\})(?<!\{obj\})")     # of a value or of {q}
+ARTICLE = re.compile(r"\b([Aa]) \{([a-z]\w*)\}")              # "a {job}", which may have to be "an"
 QUOTABLE = re.compile(r"(^| )\{v\}($|[ .,;:!?])")
 JOINABLE = re.compile(r"[^.!?:;\"]*\.")     # one plain sentence: ", and she …" may follow
 STAYS_CAPITAL = re.compile(r"(I|(Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)days?|January|June|December)\b|[A-Z][A-Z/]")
@@ -120,6 +126,11 @@ def of_split(lists, split):
     return [item for item in lists["train"] if (zlib.crc32(item.lower().encode()) % 10 == 0) == (split == "validation")]
 
 
+def sentence_start(template):
+    """A template with {P} instead of {p} where a sentence starts."""
+    return re.sub(r'(^"?|[.!?] "?)\{p\}', r"\1{P}", template)
+
+
 def start_small(template):
     """A template as it goes on after a comma. A value keeps its case, and so do words that always have a capital."""
     if template.startswith("{P}"):
@@ -167,6 +178,7 @@ class World:
         self.split, self.random, self.trained = split, Random(seed).random, split == phrasings == "train"
         self.read_lists(data, words)
         self.read_templates(data, phrasings)
+        self.read_scenes(read_json(HERE / "data_scenes.json"), phrasings)
 
     # ---------------------------------------------------------------------------------- what there is to draw from
 
@@ -174,11 +186,11 @@ class World:
         """Fill `self.choices`: for each list or pattern, what it may become, each a str or a tuple of parts (see `draw`)."""
         def listed(split):
             groups = (*names.values(), *data["things"].values(), *data["values"].values())
-            items = " ".join(item.lower() for group in groups for item in of_split(group, split))
-            return set(re.findall(r"[^\W\d_]+", items))
+            return {item.lower() for group in groups for item in of_split(group, split)}
 
         split, names = self.split, data["names"]
-        self.foreign = set().union(*(listed(other) for other in SPLITS if other != split))    # words of the other splits' lists
+        self.elsewhere = set().union(*(listed(other) for other in SPLITS if other != split))  # what the other splits' lists have
+        self.foreign = set(re.findall(r"[^\W\d_]+", " ".join(self.elsewhere)))                # and the words of that
         words = [word for word in words if split_of(word) == split and word.lower() not in self.foreign]
         # A first name stands either alone or with a last name, a last name with a title or a first name: so "Maria" never
         # meets "Maria Lopez", who never meets "Dr. Lopez", and no question is ambiguous.
@@ -208,9 +220,8 @@ class World:
 
     def read_templates(self, data, phrasings):
         """Fill `self.attributes`, a list per type of subject, `self.relations` and `self.prose`."""
-        def templates(entry):       # every section in the phrasing in use; {p} becomes {P} where a sentence starts
-            return {section: [re.sub(r'(^"?|[.!?] "?)\{p\}', r"\1{P}", template) for template in lists[phrasings]]
-                    for section, lists in entry.items() if isinstance(lists, dict)}
+        def templates(entry):       # every section in the phrasing in use
+            return {section: list(map(sentence_start, lists[phrasings])) for section, lists in entry.items() if isinstance(lists, dict)}
 
         self.attributes = {}
         for entry in data["attributes"]:
@@ -225,6 +236,26 @@ class World:
         self.kinds = [kind for kind, attributes in self.attributes.items() for _ in attributes if kind != "person"]
         self.relations = [SimpleNamespace(**{**entry, **templates(entry)}) for entry in data["relations"]]
         self.prose = templates(data["prose"])
+
+    def read_scenes(self, scenes, phrasings):
+        """Fill `self.scenes`: those of each type of subject whose holes this split has something for."""
+        self.scenes = {}
+        others = "train" if phrasings == "test" else "test"
+        self.elsewhere.update(option.lower() for raw in scenes[others] for options in raw.get("options", {}).values() for option in options)
+        for number, raw in enumerate(scenes[phrasings]):
+            wordings = {section: [sentence_start(t) for t in raw.get(section, [])] for section in ("first", "then")}
+            several = {section: {hole: [sentence_start(t) for t in templates] for hole, templates in raw.get(section, {}).items()}
+                       for section in ("questions", "updates")}
+            # What a scene lists itself belongs to the split of its phrasings, train's with a share for validation.
+            own = {name: [option for option in of_split({"train": [], "test": [], phrasings: options}, self.split)
+                          if option.lower() not in self.elsewhere] for name, options in raw.get("options", {}).items()}
+            holes = {hole for templates in wordings.values() for t in templates for hole in HOLE.findall(t)} - {"q"}
+            types = {hole: own[hole] if hole in own else self.choices[hole.rstrip("0123456789")] for hole in sorted(holes)}
+            if all(types.values()):
+                self.scenes.setdefault(raw.get("subject", "person"), []).append(
+                    SimpleNamespace(**wordings, **several, types=types, key=f"scene {number}"))
+        every = [(kind, scene) for kind, scenes in self.scenes.items() for scene in scenes]
+        self.stories = dict(lookup=every, unanswerable=every, update=[x for x in every if x[1].updates], coreference=[x for x in every if x[1].then])
 
     # ------------------------------------------------------------------------------------------------------- values
 
@@ -251,9 +282,13 @@ class World:
             choice = self.pick(choices)
             if type(choice) is str:
                 return choice
-            text = "".join([part if type(part) is str else self.draw(part) for part in choice])
-            if split_of(text) == self.split and text.lower() not in self.foreign:
+            text = self.draw([choice])
+            if self.owns(text):
                 return text
+
+    def owns(self, text):
+        """Whether a made word or value is of this split."""
+        return split_of(text) == self.split and text.lower() not in self.foreign
 
     def value(self, attribute, taken):
         """A value that is not yet in the set `taken`, and joins it: of a type that suits the attribute, or anything at all."""
@@ -444,6 +479,8 @@ class World:
         chance = self.random()
         if kind == "two_hop" or kind is None and chance < TWO_HOP:
             return self.relatives()
+        if self.stories.get(kind or "lookup") and self.random() < STORY:
+            return self.story(kind)
         if kind is None and chance > 1 - NOISE:
             noises = [self.noise_about() for _ in range(self.weighted({1: 0.6, 2: 0.3, 3: 0.1}))]
             question = Question(self.world_question(), "", [], "unanswerable", self.trained)
@@ -527,6 +564,111 @@ class World:
                     phrase = self.pick(self.relations).phrase
             questions += self.ask(attribute, one._replace(name=f"{one.name}'s {phrase}"), "", [], "unanswerable")[:1]
         return self.finish(self.weave(*stories), questions, {one.key, other.key})
+
+    def story(self, kind=None):
+        """A Bundle of one to three scenes of a subject (and perhaps of its twin), each of which tells several things at once."""
+        type_, scene = self.pick(self.stories[kind or "lookup"])
+        subject, told = ME if type_ == "none" else self.person() if type_ == "person" else self.thing(type_), [scene]
+        for _ in range(self.weighted({0: 0.6, 1: 0.25, 2: 0.15})):
+            scene = self.pick(self.scenes[type_])
+            told += [scene] * (scene not in told)
+        taken, keys = set(), {scene.key for scene in told} if subject is ME else {subject.key}
+        chunks, questions = self.play(subject, told, taken, keys, kind)
+        if subject is not ME and sum(map(len, chunks)) <= MOST_SENTENCES // 2 and self.random() < TWIN:
+            twin = self.lookalike(subject)
+            if twin.key not in keys:
+                keys.add(twin.key)
+                more, asked = self.play(twin, told, taken, keys)
+                chunks, questions = self.weave(chunks, more), questions + asked
+        if kind not in (None, "unanswerable") and kind not in {question.kind for question in questions}:
+            return self.story(kind)         # the question of that kind spoke of what has changed since
+        if kind == "unanswerable" or self.random() < UNANSWERABLE:
+            others = [scene for scene in self.scenes[type_] if scene not in told]
+            if others and (subject is ME or self.random() > UNKNOWN):      # what is not told of this one
+                scene = self.pick(others)
+                keys |= {scene.key} if subject is ME else set()
+            elif subject is ME:
+                return self.finish(chunks, questions, keys)
+            else:
+                scene = self.pick(told)
+                while subject.key in keys:
+                    subject = self.lookalike(subject)
+                keys.add(subject.key)
+            hole, templates = self.pick(sorted(scene.questions.items()))
+            filled = self.fill(scene, subject, taken, keys)
+            questions.append(Question(self.put(self.pick(templates), subject, filled), "", [], "unanswerable", self.trained))
+        return self.finish(chunks, questions, keys)
+
+    def fill(self, scene, subject, taken, keys):
+        """Values for a scene's holes, dict of str; a second person joins `keys`."""
+        filled = {hole: self.scene_value(choices, taken) for hole, choices in scene.types.items()}
+        if any("{q}" in template for template in scene.first + scene.then):
+            while True:
+                other = self.person(titles=False)
+                if other.key not in keys and set(other.key.split()).isdisjoint(subject.key.split()):
+                    break
+            keys.add(other.key)
+            filled["q"] = other.name
+        return filled
+
+    def scene_value(self, choices, taken):
+        """A value for a hole, as `value`. Where few suit it and all of these are taken, anything will do."""
+        for attempt in count():
+            choice = self.pick(self.pick(self.open) if self.random() < OPEN_IN_STORY or attempt > 20 else choices)
+            text = self.draw([choice])
+            if text not in taken and (type(choice) is str or self.owns(text)):
+                taken.add(text)
+                return text
+
+    def put(self, template, subject, filled):
+        """A sentence or question of a scene. What fills the holes goes in last, so that nothing touches it."""
+        text = self.say(template if subject is ME else with_pronouns(template, subject.gender), subject)
+        text = ARTICLE.sub(lambda a: a[1] + "n" * (filled[a[2]][0] in "aeiou") + " {%s}" % a[2], text)
+        return HOLE.sub(lambda hole: filled[hole[1]], text)
+
+    def play(self, subject, scenes, taken, keys, kind=None):
+        """Tell scenes of a subject: (chunks, questions), as `tell` does. The first allows a question of `kind`."""
+        chunks, questions, later = [], [], []
+        for scene in scenes:
+            forced, filled = kind if scene is scenes[0] else None, self.fill(scene, subject, taken, keys)
+            chunk = [[self.put(self.pick(scene.first), subject, filled)]]
+            follows = set()
+            if scene.then and (forced == "coreference" or self.random() < 0.6):
+                template = self.pick(scene.then)
+                follows = set(HOLE.findall(template))
+                chunk.append([self.put(template, subject, filled)])
+            changed = None
+            can = sorted(hole for hole in scene.updates if hole in scene.questions and hole not in follows and hole != "q"
+                         and any("{%s}" % hole in template for template in scene.first))
+            if can and (forced == "update" or self.random() < CHANGED):
+                changed = self.pick(can)
+                new = {**filled, changed: self.scene_value(scene.types[changed], taken)}
+                sentence = [self.put(self.pick(scene.updates[changed]), subject, new)]
+                later.append((chunk, sentence))
+            said = set(HOLE.findall(scene.first[0])) | follows
+            asked = sorted(hole for hole in scene.questions if hole in said)
+            first = changed if forced == "update" else self.pick(sorted(follows & set(asked)) or [None]) if forced == "coreference" else None
+            while len(asked) > 3:
+                gone = self.pick(asked)
+                if gone != first:
+                    asked.remove(gone)
+            for hole in asked:
+                sentence_of, answer, sort = chunk[:1], filled[hole], "lookup"
+                if hole == changed:
+                    sentence_of, answer, sort = [sentence], new[hole], "update"
+                elif hole in follows:
+                    sentence_of, sort = chunk[1:], "coreference"
+                templates = scene.questions[hole]
+                chosen = {self.pick(templates): None, self.pick(templates) if self.random() < SECOND_QUESTION else None: None}
+                # A question may mention other values, but none that isn't told or is no longer true.
+                known = said - {changed}
+                questions += [Question(self.put(t, subject, filled), answer, sentence_of, sort, self.trained)
+                              for t in chosen if t and set(HOLE.findall(t)) <= known]
+            chunks.append(chunk)
+        for chunk, sentence in later:
+            at = 1 + next(i for i, other in enumerate(chunks) if other is chunk)
+            chunks.insert(at + int(self.random() * min(3, len(chunks) - at + 1)), [sentence])
+        return chunks, questions
 
     def finish(self, chunks, questions, keys):
         """The Bundle of these chunks: sentences get their places, and questions point at those."""

@@ -1,7 +1,7 @@
 """A graph attention network by hand, and the network that turns episodes into keys.
 
 `GATLayer` is the layer of Velickovic et al., "Graph Attention Networks" (https://arxiv.org/abs/1710.10903), on an edge
-list. `EpisodicMemoryGNN` uses one to let an episode hear its neighbours in time: the sentence before it may say who "she"
+list. `SentenceAttention` is its dense form, on the tokens of a sentence. `EpisodicMemoryGNN` uses one to let an episode hear its neighbours in time: the sentence before it may say who "she"
 is. `SimilarityEdges` let later episodes silence earlier ones that they have made out of date.
 
 Letters: G graphs · N nodes (episodes) of a graph · E edges · D width of a node · H heads · C width of a head.
@@ -81,6 +81,43 @@ class GATLayer(nn.Module):
         # 4. Aggregate.
         out = z.new_zeros(N, H, C).index_add(0, target, message * weights[..., None])
         return out.view(N, H * C) + self.bias
+
+
+class SentenceAttention(nn.Module):
+    """What each token means to its sentence: graph attention on the complete graph of an episode's tokens.
+
+    The frozen states look to the left only: in "Bookbinding takes up all of Tom's evenings" the state of the first word
+    knows of nothing but itself. Here tokens hear those to their right too. Since every pair of tokens is an edge, the
+    attention is dense, scored by dot products (https://arxiv.org/abs/1706.03762), with the distance as the edge's feature.
+    """
+
+    def __init__(self, in_dim, dim=128, layers=1, heads=4, reach=8):
+        super().__init__()
+        self.heads, self.reach = heads, reach
+        self.enter = nn.Linear(in_dim, dim, bias=False)
+        self.qkv = nn.ModuleList(nn.Linear(dim, 3 * dim, bias=False) for _ in range(layers))
+        self.out = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(layers))
+        self.up = nn.ModuleList(nn.Linear(dim, 2 * dim) for _ in range(layers))
+        self.down = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(layers))
+        self.distance = nn.Parameter(torch.zeros(layers, heads, 2 * reach + 1))
+
+    def forward(self, x, lengths):
+        """x (all, F) features of the tokens of E episodes that lie end to end, lengths (E,) -> (all, dim)."""
+        device, longest = x.device, int(lengths.max()) if len(lengths) else 0
+        episode = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+        place = torch.arange(len(x), device=device) - (lengths.cumsum(0) - lengths)[episode]
+        real = torch.arange(longest, device=device) < lengths[:, None]                          # (E, M)
+        far = torch.arange(longest, device=device)
+        far = (far - far[:, None]).clamp(-self.reach, self.reach) + self.reach                  # (M, M)
+        h = self.enter(x)
+        h = h.new_zeros(*real.shape, h.shape[-1]).index_put((episode, place), h)                # (E, M, dim)
+        norm = lambda h: F.rms_norm(h, h.shape[-1:])
+        for qkv, out, up, down, distance in zip(self.qkv, self.out, self.up, self.down, self.distance):
+            q, k, v = qkv(norm(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # each (E, H, M, C)
+            bias = distance[:, far].to(q.dtype).masked_fill(~real[:, None, None], -1e4)         # (E, H, M, M)
+            h = h + out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
+            h = h + down(F.gelu(up(norm(h))))
+        return norm(h)[episode, place]
 
 
 # Edge features, one column each. A self-loop is all zeros.

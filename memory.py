@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from gemma import (BOS, END_OF_TURN, EOS, PAD, Gemma, Injection, InputError, Places, Tokenizer, find_model, read_json,
                    replacing, write_json)
-from gnn import EpisodicMemoryGNN, SimilarityEdges, time_edges
+from gnn import EpisodicMemoryGNN, SentenceAttention, SimilarityEdges, time_edges
 
 DONT_KNOW = "I don't know."
 HERE = Path(__file__).resolve().parent
@@ -42,9 +42,11 @@ class MemoryConfig:
 
     inject_after: int = 8            # the decoder layer, counted from 1, whose output asks and is added to
     heads: int = 4                   # H: each with its own key, token key and value map
-    key_dim: int = 96                # C of episode keys
+    key_dim: int = 64                # C of episode keys
     token_key_dim: int = 48          # C of token keys
     gat_dim: int = 32                # C of the graph attention
+    sentence_layers: int = 1         # of attention among an episode's tokens, in both directions; 0: frozen states alone
+    sentence_dim: int = 128          # width of these
     candidates: int = 16             # k: episodes that are compared with the question word by word
     readable: int = 4                # how many of these are then read
     hops: int = 2                    # 2: what the first reading found is added to the query, which then asks again
@@ -73,9 +75,12 @@ class MemoryConfig:
             if name not in known or not (type(value) is known[name] or (known[name] is float and type(value) is int)):
                 raise InputError(f"{source}: unexpected memory setting {name} = {value!r}; restore the file that was saved.")
         config = cls(**raw)
-        for name in ("inject_after", "heads", "key_dim", "token_key_dim", "gat_dim", "candidates", "readable", "hops"):
+        for name in ("inject_after", "heads", "key_dim", "token_key_dim", "gat_dim", "sentence_dim", "candidates", "readable", "hops"):
             if getattr(config, name) < 1:
                 raise InputError(f"{source}: expected {name} of at least 1, got {getattr(config, name)}.")
+        if config.sentence_layers < 0 or config.sentence_dim % 4:
+            raise InputError(f"{source}: expected sentence_layers of at least 0 and sentence_dim a multiple of 4, "
+                             f"got {config.sentence_layers} and {config.sentence_dim}.")
         if not 0 <= config.dropout < 1:
             raise InputError(f"{source}: expected dropout from 0 to below 1, got {config.dropout}.")
         for name, choices in (("node_features", ("both", "hidden", "embedding")), ("query", ("token", "pooled")), ("read", ("token", "episode"))):
@@ -203,6 +208,7 @@ def node_features(config, states, embeddings):
 # ---------------------------------------------------------------------------------------------- the injection layer
 
 LOOKBACK = 2                         # sentences before a pronoun's that may say who is meant
+NEAR = 2                             # tokens before and after one that may be what the question says
 WORDS = 12                           # the most telling words of a question are compared
 WINDOW = 32                          # tokens that ask together where no prompt is marked
 
@@ -249,7 +255,9 @@ class MemoryInjectionLayer(nn.Module, Injection):
         self.gnn = EpisodicMemoryGNN(nodes, H, config.key_dim, config.gat_dim, config.graph, config.cosine_keys)
         self.register_buffer("state_mean", torch.zeros(D))
         self.register_buffer("state_std", torch.ones(D))
-        linear = lambda width: nn.Linear(2 * D, H * width, bias=False)
+        self.sentence = SentenceAttention(2 * D, config.sentence_dim, config.sentence_layers) if config.sentence_layers else None
+        linear = lambda width, more=0: nn.Linear(2 * D + more, H * width, bias=False)
+        key = lambda: linear(config.token_key_dim, config.sentence_dim if self.sentence else 0)
         each_hop = lambda make: nn.ModuleList(make() for _ in range(config.hops))
         self.query_own, self.query_pool = linear(config.key_dim), linear(config.key_dim)
         self.hop_query = nn.ModuleList(nn.Linear(D, H * config.key_dim, bias=False) for _ in range(config.hops - 1))
@@ -258,16 +266,18 @@ class MemoryInjectionLayer(nn.Module, Injection):
         if config.read == "token":
             self.token_query_own = linear(config.token_key_dim)
             self.token_query_pool = each_hop(lambda: linear(config.token_key_dim))
-            self.token_key_own, self.token_key_before = linear(config.token_key_dim), linear(config.token_key_dim)
+            self.token_key_own, self.token_key_before = key(), key()
             self.log_token_temperature = nn.Parameter(torch.full((H,), 5.0).log())
         if config.match:
-            self.match_query, self.match_key = each_hop(lambda: linear(config.token_key_dim)), linear(config.token_key_dim)
+            self.match_query, self.match_key = each_hop(lambda: linear(config.token_key_dim)), key()
             self.match_weight = each_hop(lambda: nn.Linear(2 * D, H))
             self.match_found = nn.ModuleList(nn.Linear(D, H * config.token_key_dim) for _ in range(config.hops - 1))
             self.match_threshold = nn.Parameter(torch.full((H,), 0.4))
             self.log_match_temperature = nn.Parameter(torch.full((H,), 8.0).log())
             if config.said and config.read == "token":
-                self.said_weight = nn.Parameter(torch.tensor([-1.0, 0.0]).repeat(config.hops, H, 1))     # of a token, of the one before
+                self.said_weight = nn.Parameter(torch.zeros(config.hops, H, 2 * NEAR + 1))
+                with torch.no_grad():
+                    self.said_weight[..., NEAR] = -1.0                     # of the token itself
             if config.time_edges:
                 self.lookback = nn.Linear(nodes, LOOKBACK * H)
             if config.similar_edges:
@@ -302,7 +312,10 @@ class MemoryInjectionLayer(nn.Module, Injection):
         The key that a token is read by also says what stands before it: "the token after the one I just said" is then one
         lookup, as in an induction head (https://arxiv.org/abs/2209.11895).
         """
-        x, nothing = self.features(ids, states), states.new_zeros(len(ids), self.config.heads * self.config.token_key_dim)
+        x = self.features(ids, states)
+        if self.sentence is not None:
+            x = torch.cat((x, self.sentence(x, lengths).to(x.dtype)), -1)
+        nothing = states.new_zeros(len(ids), self.config.heads * self.config.token_key_dim)
         unit = lambda key: F.normalize(self.heads(key).float(), dim=-1).flatten(1)
         read = match = nothing.float()
         if self.config.read == "token":
@@ -421,7 +434,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
     def weigh_tokens(self, hop, x, pool, keys, real, said):
         """Attention over the tokens of each episode: (R, T, H, r, M). With read="episode" all tokens weigh the same.
 
-        said (R, H, r, M): what the question says itself is hardly its answer; what follows it may be.
+        said (R, H, r, M): what the question says itself is hardly its answer; what stands near it may be.
         """
         if self.config.read == "episode":
             uniform = real / real.sum(-1, keepdim=True).clamp(min=1)
@@ -431,8 +444,9 @@ class MemoryInjectionLayer(nn.Module, Injection):
         query = F.normalize(self.heads(query), dim=-1) * self.log_token_temperature.exp()[:, None]
         scores = torch.einsum("rthc,rkmhc->rthkm", query.to(keys.dtype), keys)
         if said is not None:
-            own, before = (self.said_weight[hop] * self.log_token_temperature.exp()[:, None])[:, :, None, None].unbind(1)
-            scores = scores + (own * said + before * F.pad(said, (1, -1)))[:, None].to(scores.dtype)
+            around = F.pad(said, (NEAR, NEAR)).unfold(-1, 2 * NEAR + 1, 1)                                 # (R, H, r, M, 2 NEAR + 1)
+            weight = self.said_weight[hop] * self.log_token_temperature.exp()[:, None]
+            scores = scores + torch.einsum("rhkmn,hn->rhkm", around, weight)[:, None].to(scores.dtype)
         return scores.masked_fill(~real[:, None, None], -1e4).softmax(-1)
 
     def inject(self, h, context, silent):
@@ -714,10 +728,11 @@ class GemmaWithMemory(nn.Module):
                       weights=self.gemma.fingerprint())))
 
     @classmethod
-    def from_pretrained(cls, name=None, base=None, memory=None, dtype=None, device="cpu"):
+    def from_pretrained(cls, name=None, base=None, memory=None, dtype=None, device="cpu", config=None):
         """A trained memory on its base: "tiny", "gemma-3-270m", or a folder that save_pretrained wrote.
 
-        base: another place to find the base (a folder or Hub id); with memory=None and name=None, a fresh memory on it.
+        base: another place to find the base (a folder or Hub id); with memory=None and name=None, a fresh memory on it, made
+        as `config` (a MemoryConfig) says.
         Raises InputError where something is missing or damaged, or the memory was made for another config or tokenizer.
         """
         folder = memory or SHIPPED.get(str(name), name)
@@ -736,7 +751,7 @@ class GemmaWithMemory(nn.Module):
         gemma = Gemma.from_pretrained(found, dtype=dtype, device=device)
         tokenizer = Tokenizer(find_model(found))
         if saved is None:
-            return cls(gemma, tokenizer, MemoryConfig(chat=str(base).endswith("-it")), base).eval()
+            return cls(gemma, tokenizer, config or MemoryConfig(chat=str(base).endswith("-it")), base).eval()
         for what, mine in (("config", gemma.config.fingerprint()), ("tokenizer", tokenizer.hash)):
             if base_of.get(what) != mine:
                 raise InputError(f"{folder}: this memory was made for a base with {what} {base_of.get(what)!r}, got {mine!r}; "

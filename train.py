@@ -1,5 +1,6 @@
 """Train a memory on a frozen Gemma:  python train.py            (the tiny model, CPU, a few minutes)
                                       python train.py --model google/gemma-3-1b-it --out out/1b
+                                      torchrun --nproc_per_node=4 train.py --accumulate 4 …      (one process a GPU)
 
 Everything below the injection layer is frozen, so its output never changes: a large *pool* of sentences, questions and
 ordinary text is run through layers 1..8 once, and every training step draws memories and questions from the pool. A step
@@ -15,10 +16,12 @@ F sentences and Q questions of a bundle at most.
 """
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
 import os
+import re
 import sys
 import time
 import zlib
@@ -30,6 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: th
 
 import torch
 import torch.nn.functional as F
+from torch import distributed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -48,23 +52,23 @@ class TrainConfig:
     variant: str = field(default="graph", metadata={"help": "the design of the memory; graph is the only one so far"})
     model: str = field(default="tiny", metadata={"help": "the base: tiny, gemma-3-270m, a folder, or a Hub id"})
     out: str = field(default="out/memory", metadata={"help": "folder for the trained memory, its checkpoint and log"})
-    steps: int = field(default=190, metadata={"help": "optimizer steps"})
+    steps: int = field(default=170, metadata={"help": "optimizer steps"})
     minutes: float = field(default=0.0, metadata={"help": "end after so many minutes of training if the steps are not done by then; 0: never"})
     batch: int = field(default=128, metadata={"help": "R: questions a step"})
-    accumulate: int = field(default=1, metadata={"help": "batches whose gradients are added up to one step"})
-    bundles: int = field(default=4500, metadata={"help": "P: bundles of sentences and questions in the pool"})
+    accumulate: int = field(default=1, metadata={"help": "batches whose gradients are added up to one step; several processes share them out"})
+    bundles: int = field(default=4000, metadata={"help": "P: bundles of sentences and questions in the pool"})
     facts: int = field(default=32, metadata={"help": "the largest memory in training; memories grow up to it"})
     lr: float = field(default=2e-3, metadata={"help": "highest learning rate of AdamW"})
     weight_decay: float = field(default=0.01, metadata={"help": "of AdamW, on matrices"})
     warmup: int = field(default=50, metadata={"help": "steps of linear warm-up; cosine decay follows"})
     clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
     retrieval: float = field(default=0.3, metadata={"help": "weight of the retrieval loss"})
-    copying: float = field(default=0.3, metadata={"help": "weight of the copying loss"})
+    copying: float = field(default=0.5, metadata={"help": "weight of the copying loss"})
     unknown: float = field(default=0.1, metadata={"help": "share of questions about somebody the memory never heard of"})
     text: float = field(default=0.06, metadata={"help": "share of rows that are ordinary text, for which the memory is to be silent"})
     tokens: int = field(default=40, metadata={"help": "T: longest question with its answer, longer ones are left out; sentences may be 1.6 times as long"})
     open_words: bool = field(default=True, metadata={"help": "values from the whole vocabulary; without them the memory learns to classify, not to copy"})
-    eval_every: int = field(default=95, metadata={"help": "steps between evaluations on held-out people and values"})
+    eval_every: int = field(default=85, metadata={"help": "steps between evaluations on held-out people and values"})
     seed: int = field(default=0, metadata={"help": "of every random draw"})
     device: str = field(default="", metadata={"help": "cpu, cuda, mps; default: a GPU if there is one"})
     workers: int = field(default=0, metadata={"help": "processes that draw the pool's sentences; 0: this one"})
@@ -81,6 +85,8 @@ class TrainConfig:
                                 lr=0, weight_decay=0, clip=0, retrieval=0, copying=0, unknown=0, text=0).items():
             if not getattr(self, name) >= least:
                 raise InputError(f"expected --{name.replace('_', '-')} of at least {least}, got {getattr(self, name)}.")
+        if self.accumulate % processes():
+            raise InputError(f"expected --accumulate to be a multiple of the {processes()} processes, which share these batches out, got {self.accumulate}.")
         if self.unknown + self.text > 1:
             raise InputError(f"expected --unknown and --text to be shares of the questions, got {self.unknown} and {self.text}.")
         out = Path(self.out)
@@ -92,7 +98,41 @@ class TrainConfig:
             raise InputError(f"{out}: expected a checkpoint to resume from, but there is none; train without --resume first.")
 
 
+def processes():
+    """How many processes train together: what torchrun says, else 1."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 # ------------------------------------------------------------------------------------------------------------ pool
+
+def answer_tokens(tokenizer, facts, answer):
+    """The tokens of an answer as the facts that hold it spell them, so that it can be copied token by token.
+
+    The same word has other tokens after a space than after a quote or at the start of a sentence ("▁Weller", "Well|er"): a
+    memory can return what it stored, not what it would have stored. facts: token ids of the one fact with the answer, or of
+    the two that hold "A and B". Where its tokens don't begin and end with the answer's, it is encoded anew.
+    """
+    if len(facts) == 2:
+        for at in re.finditer(" and ", answer):
+            first, second = (spelled(tokenizer, fact, part) for fact, part in zip(facts, (answer[:at.start()], answer[at.end():])))
+            if first and second:
+                return first + tokenizer.encode(" and", bos=False) + second
+        return tokenizer.encode(" " + answer, bos=False)
+    return spelled(tokenizer, facts[0], answer) or tokenizer.encode(" " + answer, bos=False)
+
+
+def spelled(tokenizer, fact, words):
+    """Those tokens of a fact that spell `words`, with a space before them if it is there; None if no tokens do exactly that."""
+    pieces = [tokenizer.pieces.id_to_piece(i).replace("\u2581", " ") for i in fact[1:]]
+    ends = list(itertools.accumulate(map(len, pieces), initial=0))
+    text, at = "".join(pieces), -1
+    while (at := text.find(words, at + 1)) >= 0:
+        stop = at + len(words)
+        for start in (at - 1, at):
+            if stop in ends and start in ends and text[start:at] in ("", " "):
+                return fact[1 + ends.index(start):1 + ends.index(stop)]
+    return None
+
 
 def draw_part(task):
     """Some bundles as token ids: list of (facts, follows, [(prompt, answer, support, kind)], hashes of two subjects)."""
@@ -105,7 +145,8 @@ def draw_part(task):
         facts, asked = [tokenizer.encode(f) for f in bundle.facts], []
         for q in bundle.questions:
             prompt = question_prompt(tokenizer, q.question, chat)
-            answer = tokenizer.encode(" " + q.answer, bos=False) + newline if q.support else []
+            holding = q.support if q.kind == "list" else q.support[-1:]
+            answer = answer_tokens(tokenizer, [facts[i] for i in holding], q.answer) + newline if q.support else []
             if len(prompt) + len(answer) <= tokens:
                 asked.append((prompt, answer, q.support, KINDS.index(q.kind)))
         if asked and max(map(len, facts)) <= 1.6 * tokens:
@@ -336,7 +377,8 @@ def retrieval_loss(batch, out, hops):
 
 
 def copying_loss(batch, out, hops):
-    """- log of the attention, mean over heads, on those tokens of the right episodes that the answer goes on with.
+    """- log of the attention on those tokens of the right episodes that the answer goes on with, mean over heads: each has
+    to be right, since the frozen layers above hear their sum and can't tell which of two words was meant.
 
     Where none of them does, as at the answer's end, there is nothing to copy and nothing is counted.
     """
@@ -345,9 +387,9 @@ def copying_loss(batch, out, hops):
     right = target.gather(1, reading.chosen[-1])[row]                                          # (n, r)
     hit = (reading.token_ids[row] == out["targets"][:, None, None]) & right[..., None]         # (n, r, M)
     weights = reading.weights[-1][row, position][..., :-1].exp()                               # (n, H, r)
-    mass = (weights[..., None] * reading.token_weights[row, position].float() * hit[:, None]).flatten(2).sum(-1).mean(1)
+    mass = (weights[..., None] * reading.token_weights[row, position].float() * hit[:, None]).flatten(2).sum(-1)   # (n, H)
     can = hit.flatten(1).any(1)
-    return -((mass + 1e-6).log() * can).sum() / can.sum().clamp(min=1)
+    return -((mass + 1e-6).log().mean(1) * can).sum() / can.sum().clamp(min=1)
 
 
 @torch.no_grad()
@@ -448,25 +490,45 @@ def load_checkpoint(folder, model, optimizer):
     return step, best, seconds
 
 
+def add_up(parameters):
+    """Replace gradients by their sum over all processes."""
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    distributed.all_reduce(flat)
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad.copy_(grad.view_as(p))
+
+
 def train(settings, memory_config=None, model=None, pools=None):
     """Train and save a memory; the folder keeps the weights of the best evaluation. Returns (model as it is after the last
-    step, last evaluation). pools: (training, held-out), to share among runs."""
+    step, last evaluation). pools: (training, held-out), to share among runs.
+
+    Under torchrun every process holds the whole pool and takes its share of the `accumulate` batches of a step; with the
+    gradients added up, all of them take the step that one process would have taken. The first measures, saves and speaks.
+    """
     settings.check()
-    device = check_device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rank, together = int(os.environ.get("RANK", 0)), processes()
+    if together > 1:
+        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+    device, first = check_device(device), rank == 0
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
-    model = model or GemmaWithMemory.from_pretrained(base=settings.model, device=device)
-    if memory_config is not None:
+    if model is None:
+        model = GemmaWithMemory.from_pretrained(base=settings.model, device=device, config=memory_config)
+    elif memory_config is not None:
         model = GemmaWithMemory(model.gemma, model.tokenizer, memory_config, model.base_name)
     folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.time()
     if pools is None:
-        with multiprocessing.get_context("spawn").Pool(settings.workers) if settings.workers else nullcontext() as processes:
-            draw = processes.imap if processes else map
+        with multiprocessing.get_context("spawn").Pool(settings.workers) if settings.workers else nullcontext() as workers:
+            draw = workers.imap if workers else map
             pools = (Pool(model, "train", settings.bundles, settings.tokens, settings.seed, settings.open_words,
-                          texts=min(4096, settings.bundles // 8), draw=draw),
-                     Pool(model, "validation", max(200, settings.bundles // 20), settings.tokens, settings.seed + 1, draw=draw))
+                          texts=min(4096, settings.bundles // 8), draw=draw, progress=first),
+                     Pool(model, "validation", max(200, settings.bundles // 20), settings.tokens, settings.seed + 1, draw=draw, progress=first))
     pool, held_out = pools
     pool.set_statistics(model)
     if settings.init:
@@ -484,17 +546,21 @@ def train(settings, memory_config=None, model=None, pools=None):
     broken, seen, last, lines, log = 0, 0, {}, [], folder / "log.jsonl"
     if settings.resume and log.is_file():
         lines = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= start]
-    step, bar = start - 1, tqdm(range(start, settings.steps), desc="training", unit="step", initial=start, total=settings.steps)
+    step, bar = start - 1, tqdm(range(start, settings.steps), desc="training", unit="step", initial=start, total=settings.steps, disable=not first)
     for step in bar:
         elapsed = spent + time.time() - ready
+        if together > 1:                # one clock for all, or they would end at different steps
+            clock = torch.tensor([elapsed], dtype=torch.float64, device=device)
+            distributed.broadcast(clock, 0)
+            elapsed = clock.item()
         rate, N, done = schedule(settings, step, elapsed)
         for group in optimizer.param_groups:
             group["lr"] = rate
         model.train()
-        torch.manual_seed(settings.seed * 1_000_003 + step)                # for dropout
-        for part in range(settings.accumulate):
+        for part in range(rank, settings.accumulate, together):
             # Every draw is a function of seed and step: a resumed run sees what the unbroken one would have.
             generator = torch.Generator(device).manual_seed((settings.seed * 1_000_003 + step) * 64 + part)
+            torch.manual_seed((settings.seed * 1_000_003 + step) * 64 + part)                # for dropout
             batch = pool.draw(groups(settings.batch, N), settings.batch, N, settings.unknown, settings.text, generator)
             with autocast(model):
                 out = forward(model, pool, batch, settings.tokens)
@@ -503,6 +569,8 @@ def train(settings, memory_config=None, model=None, pools=None):
                 copying = copying_loss(batch, out, model.config.hops)
                 loss = answer_loss + settings.retrieval * sum(retrieval) + settings.copying * copying
             (loss / settings.accumulate).backward()
+        if together > 1:
+            add_up(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         broken = 0 if norm.isfinite() else broken + 1
         if broken == 5:
@@ -514,7 +582,7 @@ def train(settings, memory_config=None, model=None, pools=None):
         seen += settings.batch * settings.accumulate
         last_step = step + 1 == settings.steps or done >= 1
         measure = (step + 1) % settings.eval_every == 0 or last_step
-        if step % 20 == 0 or measure:
+        if first and (step % 20 == 0 or measure):
             values = dict(step=step + 1, facts=N, loss=round(loss.item(), 4), answer_loss=round(answer_loss.item(), 4),
                           retrieval_loss=[round(part.item(), 4) for part in retrieval], copying_loss=round(copying.item(), 4), seconds=round(time.time() - ready, 1),
                           examples_per_second=round(seen / (time.time() - ready)))
@@ -531,6 +599,7 @@ def train(settings, memory_config=None, model=None, pools=None):
                                          init=Path(settings.init).name,
                                          step=step + 1, held_out=last)
                     model.save_pretrained(folder)
+            values["pool_seconds"] = round(ready - started, 1)
             lines.append(json.dumps(values))
             with replacing(log) as temporary:
                 temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -542,8 +611,11 @@ def train(settings, memory_config=None, model=None, pools=None):
             break
     bar.close()
     model.eval()
-    print(f"trained {step + 1} steps, {seen:,} examples in {time.time() - ready:.0f} s (and {ready - started:.0f} s "
-          f"for the pool) on {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}; saved in {folder}", file=sys.stderr)
+    if together > 1:
+        distributed.destroy_process_group()
+    if first:
+        print(f"trained {step + 1} steps, {seen:,} examples in {time.time() - ready:.0f} s (and {ready - started:.0f} s "
+              f"for the pool) on {together} x {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}; saved in {folder}", file=sys.stderr)
     return model, last
 
 

@@ -43,7 +43,7 @@ UNENDING = 10**6                            # steps of a run that ends by the cl
 
 # ------------------------------------------------------------------------------------------------------ the designs
 
-PLAN = dict(node_features="embedding", query="pooled", read="episode", identity_values=False, cosine_keys=False, match=False, said=False,
+PLAN = dict(node_features="embedding", query="pooled", read="episode", identity_values=False, cosine_keys=False, sentence_layers=0, match=False, said=False,
             graph=False, time_edges=False, similar_edges=False, hops=1, open_words=False, retrieval=0.0, copying=0.0)
 
 # Edges in time and the GAT come together: neither does anything without the other, as long as no words are compared.
@@ -58,6 +58,7 @@ RUNGS = (
     ("token-read", "reads tokens inside the episode", dict(read="token")),
     ("copying-loss", "a loss on which token is read", dict(copying=TrainConfig.copying)),
     ("both-nodes", "nodes are states and embeddings", dict(node_features="both")),
+    ("sentence", "an episode's tokens hear those after them", dict(sentence_layers=MemoryConfig.sentence_layers)),
     ("gat", "a GAT with edges in time", dict(graph=True, time_edges=True)),
     ("match", "candidates compared word by word", dict(match=True)),
     ("said", "readers know what the question says itself", dict(said=True)),
@@ -68,6 +69,7 @@ TAKEN_AWAY = (
     ("without-time-edges", "no edges in time, and no words borrowed", dict(time_edges=False)),
     ("without-gat", "no GAT", dict(graph=False)),
     ("without-similar-edges", "no similarity edges", dict(similar_edges=False)),
+    ("without-sentence", "tokens know only what stands before them", dict(sentence_layers=0)),
     ("without-match", "no words compared, and nothing that builds on it", dict(match=False)),
     ("without-copying-loss", "no copying loss", dict(copying=0.0)),
     ("without-retrieval-loss", "no retrieval loss", dict(retrieval=0.0)),

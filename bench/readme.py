@@ -19,12 +19,33 @@ ROOT = HERE.parent
 MEMORIES = {"tiny": ROOT / "tiny" / "memory", "gemma-3-270m": ROOT / "extras" / "gemma-3-270m"}
 
 
-def recall(name):
-    """The recall tables of one result file, under the command and the machine that made them."""
+def measured(name):
+    """(What bench.recall wrote under bench/results, the command and the machine that made it)."""
     result = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    head, first, _, refused = report({"recall": result["recall"]}).split("\n\n")[:4]
-    lead = re.sub(r" --out \S+", "", result["command"])
-    return f"`{lead}`, {result['hardware']}, {result['seconds']['total']:.0f} s. {head} (95% intervals):\n\n{first}"
+    command = re.sub(r" --(out \S+|set-threshold)", "", result["command"])     # as printed it shall change nothing
+    return result, f"`{command}`, {result['hardware']}, {result['seconds']['total']:.0f} s."
+
+
+def recall(name):
+    """Recall by kind of question, and how often the right episode came first."""
+    result, lead = measured(name)
+    head, shares, _, _, found, first = report({"recall": result["recall"]}).split("\n\n")[:6]
+    return f"{lead} {head} (95% intervals):\n\n{shares}\n\n{found}\n\n{first}"
+
+
+def refusal(name):
+    """Precision and recall of refusals at the threshold that is saved with the memory."""
+    result, lead = measured(name)
+    rows = [[f"{r['facts']:,}", *(percent(r["saved"][what], True) for what in ("precision", "recall")),
+             *(percent(r["saved"]["by_sort"][sort]) for sort in ("near", "unknown", "world"))] for r in result["refusal"]["rows"]]
+    return (f"{lead} A fifth of the questions unanswerable, all phrasings unseen, null threshold {result['refusal']['threshold']:.2f}, %:\n\n" +
+            table(["facts", "precision", "recall", "refused: not told of this person", "person unknown", "about the world"], rows))
+
+
+def edits(name):
+    """What is left after edits, and what ordinary text feels of unrelated facts."""
+    result, lead = measured(name)
+    return f"{lead}\n\n" + report({what: result[what] for what in ("edits", "locality")})
 
 
 def natural(name):
@@ -42,7 +63,7 @@ def training(_):
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         made = json.loads((folder / "memory.json").read_text())["trained"]
         kept = next(line for line in log if line["step"] == made["step"])
-        rows.append([name, f"{made['step'] * made['batch'] / 1e6:.1f} million", f"{kept['seconds']:.0f} s",
+        rows.append([name + (", second run" if made["init"] else ""), f"{made['step'] * made['batch'] * made['accumulate'] / 1e6:.1f} million", f"{kept['seconds']:.0f} s",
                      f"{log[-1]['examples_per_second']:,}"] +
                     [f"{made['held_out'][N]['lookup']:.0%} / {made['held_out'][N]['first']:.0%}" for N in ("16", "64")])
     return table(["memory", "questions learnt from", "training", "questions a second", "16 facts: lookups / right episode", "64 facts"], rows)
@@ -53,7 +74,7 @@ def default(name):
     last = json.loads((HERE / "results" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     sizes = [f"{r['recall']:.0%} of all kinds of questions at {N} facts, {r['lookup']:.0%} of the lookups (right episode first {r['first']:.0%}; "
              f"the base without its memory answers {r['base_alone']:.0%})" for N, r in last["held_out"].items()]
-    return (f"`python train.py` on 2 CPU cores: {last['step']} steps in {last['seconds']:.0f} s, about a minute for the pool before them; "
+    return (f"`python train.py` on 2 CPU cores: {last['step']} steps in {last['seconds']:.0f} s, after {last['pool_seconds']:.0f} s for the pool; "
             f"held-out people and values, trained phrasings: {', '.join(sizes)}.")
 
 
@@ -61,7 +82,7 @@ def filled(text):
     """README text with every block of figures made anew."""
     def block(match):
         what, _, name = match[1].partition(" ")
-        return f"<!-- figures: {match[1]} -->\n{dict(recall=recall, natural=natural, training=training, default=default)[what](name)}\n<!-- end -->"
+        return f"<!-- figures: {match[1]} -->\n{dict(recall=recall, refusal=refusal, edits=edits, natural=natural, training=training, default=default)[what](name)}\n<!-- end -->"
     return re.sub(r"<!-- figures: ([\w. -]+?) -->.*?<!-- end -->", block, text, flags=re.S)
 
 

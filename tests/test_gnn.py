@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from gnn import EDGE_FEATURES, NEXT, PREVIOUS, EpisodicMemoryGNN, GATLayer, SimilarityEdges, softmax_by_target, time_edges
+from gnn import EDGE_FEATURES, NEXT, PREVIOUS, EpisodicMemoryGNN, GATLayer, SentenceAttention, SimilarityEdges, softmax_by_target, time_edges
 
 N, E, D, C, H, EDGE_DIM = 12, 40, 7, 5, 3, 4
 
@@ -423,3 +423,47 @@ def test_temperature_knows_the_number_of_episodes():
     assert torch.allclose(scale[0], torch.full((2,), 8.0), atol=1e-5)
     assert torch.allclose(scale[1] / scale[0], torch.full((2,), math.log(258) / math.log(18)), atol=1e-6)
     assert torch.isfinite(gnn.scale(torch.tensor([0]))).all()
+
+
+# ------------------------------------------------------------------------------------------------ attention in a sentence
+
+def random_sentence_attention(seed=0, layers=2):
+    torch.manual_seed(seed)
+    attention = SentenceAttention(6, dim=8, layers=layers, heads=2, reach=3)
+    torch.nn.init.normal_(attention.distance)                              # zero at the start of training: would hide a bug
+    return attention
+
+
+@torch.no_grad()
+def test_sentence_attention_matches_a_loop():
+    """Catches distances with the wrong sign, heads that are mixed, a missing scale, and padding that is listened to."""
+    attention, lengths = random_sentence_attention(), [7, 1, 4]
+    x = torch.randn(sum(lengths), 6)
+    norm = lambda v: v / (v.pow(2).mean(-1, keepdim=True) + torch.finfo(v.dtype).eps).sqrt()
+    expected, start = [], 0
+    for length in lengths:
+        h = attention.enter(x[start:start + length])
+        start += length
+        for layer in range(2):
+            q, k, v = attention.qkv[layer](norm(h)).chunk(3, -1)
+            heard = torch.zeros_like(h)
+            for i in range(length):
+                for head in range(2):
+                    at = slice(4 * head, 4 * head + 4)
+                    far = [max(-3, min(3, j - i)) + 3 for j in range(length)]
+                    scores = torch.stack([q[i, at] @ k[j, at] / 2 + attention.distance[layer, head, far[j]] for j in range(length)])
+                    heard[i, at] = scores.softmax(0) @ v[:, at]
+            h = h + attention.out[layer](heard)
+            h = h + attention.down[layer](F.gelu(attention.up[layer](norm(h))))
+        expected.append(norm(h))
+    torch.testing.assert_close(attention(x, torch.tensor(lengths)), torch.cat(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_sentence_attention_hears_both_sides_and_no_other_sentence():
+    """Catches a causal mask, which is what the frozen states already have, and sentences of a batch that mix."""
+    attention, lengths = random_sentence_attention(layers=1), torch.tensor([3, 4])
+    x = torch.randn(7, 6, requires_grad=True)
+    attention(x, lengths)[3].sum().backward()                              # the first token of the second sentence
+    heard = x.grad.abs().sum(-1) > 0
+    assert heard.tolist() == [False] * 3 + [True] * 4
+    assert attention(x[:0], lengths[:0]).shape == (0, 8)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from gemma import BOS, PAD, Gemma, InputError, KVCache, Tokenizer
-from memory import DONT_KNOW, LOOKBACK, WINDOW, WORDS, GemmaWithMemory, MemoryConfig, MemoryView, Question, TokenStore
+from memory import DONT_KNOW, LOOKBACK, NEAR, WINDOW, WORDS, GemmaWithMemory, MemoryConfig, MemoryView, Question, TokenStore
 from toy import FACTS, one_thread, toy_base, toy_model  # noqa: F401 (one_thread is a fixture)
 
 QUESTIONS = ["Where does Maria live?", "What is Tom's locker code?", "Who has the red bike that we saw yesterday?", "Who?"]
@@ -129,6 +129,7 @@ def test_nodes_and_token_keys_by_hand(full):
         states, rows = full.states([[BOS, *ids]])[0], table[ids]
         torch.testing.assert_close(graph.nodes[i], torch.cat((states.mean(0), rows.mean(0))), rtol=1e-3, atol=1e-4)
         x = torch.cat((((states - layer.state_mean) / layer.state_std).clamp(-10, 10), rows / rows.pow(2).mean(-1, keepdim=True).sqrt()), -1)
+        x = torch.cat((x, layer.sentence(x, torch.tensor([len(x)]))), -1)                          # this sentence's words alone
         before = torch.cat((torch.zeros(1, x.shape[1]), x[:-1]))
         read, match = layer.token_key_own(x) + layer.token_key_before(before), layer.match_key(x)
         torch.testing.assert_close(graph.tokens.keys[at, :width], unit(read), rtol=1e-3, atol=1e-3)
@@ -379,7 +380,8 @@ def test_reading_equals_the_slow_way(full):
     for start, M in zip(graph.tokens.starts.tolist(), graph.tokens.lengths.tolist()):
         ids = graph.tokens.ids[start:start + M].tolist()
         features = [torch.cat((clamped(graph.states[start + m], layer.state_mean, layer.state_std), value(ids[m]))) for m in range(M)]
-        tokens.append(list(zip(ids, features, [torch.zeros(2 * D), *features[:-1]])))
+        features = list(torch.cat((torch.stack(features), layer.sentence(torch.stack(features), torch.tensor([M]))), -1))
+        tokens.append(list(zip(ids, features, [torch.zeros_like(features[0]), *features[:-1]])))
     sharp = [gnn.log_temperature[i].exp() * math.log(N + 2) / math.log(18) for i in range(H)]
     added, found = {p: torch.zeros(H, config.key_dim) for p in (last, after)}, None
     for hop in range(2):
@@ -431,8 +433,9 @@ def test_reading_equals_the_slow_way(full):
                 asks = unit(head(layer.token_query_own, x[p], i) + head(layer.token_query_pool[hop], pool, i))
                 for c, n in enumerate(chosen):
                     inside = torch.stack([asks @ unit(head(layer.token_key_own, f, i) + head(layer.token_key_before, b, i)) for _, f, b in tokens[n]])
-                    heard = torch.tensor([said[i, n], [0.0, *said[i, n][:-1]]])                    # of the token, of the one before
-                    inside = ((inside + layer.said_weight[hop, i] @ heard) * layer.log_token_temperature[i].exp()).softmax(0)
+                    around = [0.0] * NEAR + said[i, n] + [0.0] * NEAR
+                    heard = [sum(layer.said_weight[hop, i, d] * around[m + d] for d in range(2 * NEAR + 1)) for m in range(len(inside))]
+                    inside = ((inside + torch.stack(heard)) * layer.log_token_temperature[i].exp()).softmax(0)
                     context[p][i] += shares[i, c] * sum(weight * value(token) for weight, (token, _, _) in zip(inside, tokens[n]))
                     if hop == 1:
                         M = len(inside)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train
 from data_gen import KINDS
 from gemma import InputError
 from memory import GemmaWithMemory, MemoryConfig, Reading
-from toy import one_thread  # noqa: F401 (a fixture)
+from toy import one_thread, toy_base  # noqa: F401 (one_thread is a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = train.TrainConfig(model="tiny", device="cpu", steps=24, batch=16, facts=16, bundles=200, warmup=2, weight_decay=0.0,
@@ -58,6 +59,27 @@ def run(shipped, pool, tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------------- what is drawn
+
+@pytest.mark.parametrize("fact, answer, pieces", [
+    ("Tom's dog is Weller.", "Weller", " Weller"), ('They call him "Weller" at work.', "Weller", "Weller"), ("Weller is his name.", "Weller", "Weller"),
+    ("Unwell Weller waits.", "Weller", " Weller"), ("Dial 4821 at the door.", "4821", " 4821")])
+def test_answers_are_spelled_as_their_fact_has_them(shipped, fact, answer, pieces):
+    """Catches an answer in tokens that its fact doesn't hold: there would be nothing to copy. After a quote there is no space."""
+    tokenizer = shipped.tokenizer
+    ids, spelled = tokenizer.encode(fact), train.answer_tokens(tokenizer, [tokenizer.encode(fact)], answer)
+    assert any(ids[i:i + len(spelled)] == spelled for i in range(len(ids)))
+    assert "".join(tokenizer.pieces.id_to_piece(i) for i in spelled).replace("\u2581", " ") == pieces
+
+
+def test_answers_that_no_tokens_spell_are_encoded_anew(shipped):
+    """Catches half a token, and a list of two answers taken from one fact."""
+    tokenizer = shipped.tokenizer
+    encode = lambda text, bos=False: tokenizer.encode(text, bos=bos)
+    glued = "".join(tokenizer.pieces.id_to_piece(i) for i in encode(" number")).replace("\u2581", "")
+    assert train.answer_tokens(tokenizer, [encode(" " + glued, True)], glued[1:-1]) == encode(" " + glued[1:-1])
+    facts = [encode("Ana speaks Welsh.", True), encode("Ana also speaks Thai and Lao.", True)]
+    assert tokenizer.decode(train.answer_tokens(tokenizer, facts, "Welsh and Thai and Lao")) == " Welsh and Thai and Lao"
+    assert train.answer_tokens(tokenizer, facts, "Thai and Welsh") == encode(" Thai and Welsh")
 
 def story(pool):
     """For each sentence of the pool: (its bundle, its place there)."""
@@ -263,7 +285,7 @@ def test_retrieval_loss_by_hand():
 
 def test_copying_loss_by_hand():
     """Catches tokens of the wrong episode or padding that count, a mean where the sum over tokens belongs, an answer's end that
-    counts though nothing can be copied, and heads averaged after the logarithm."""
+    counts though nothing can be copied, and heads averaged before the logarithm, so that one may be wrong if another is right."""
     # One row of a lookup of episode 2, and an unanswerable one; chosen are 0 and 2; two heads; two tokens in each, 7 twice in 2.
     batch = {name: value[[0, 2]] for name, value in ROWS.items()}
     weights = torch.stack((log([0.1, 0.2, 0.7], [0.3, 0.4, 0.3]), log([0.5, 0.25, 0.25], [0.2, 0.6, 0.2])))           # (T, H, r + 1)
@@ -272,11 +294,11 @@ def test_copying_loss_by_hand():
                       torch.tensor([[[7, -1], [7, 8]]] * 2), torch.stack((inside, inside)))
     out = lambda *targets: dict(reading=reading, row=torch.tensor([0] * len(targets)), position=torch.tensor([0, 1, 1])[:len(targets)], targets=torch.tensor(targets))
     loss = lambda *targets: train.copying_loss(batch, out(*targets), 1).item()
-    first, second = (0.2 * 0.1 + 0.4 * 0.2) / 2, (0.25 * 0.7 + 0.6 * 0.4) / 2      # 7 by the first position, 8 by the second
+    first, second = math.sqrt(0.2 * 0.1 * 0.4 * 0.2), math.sqrt(0.25 * 0.7 * 0.6 * 0.4)      # 7 by the first position, 8 by the second
     assert loss(7) == pytest.approx(-math.log(first), rel=1e-4)
     assert loss(7, 8, 9) == pytest.approx(-math.log(first * second) / 2, rel=1e-4)
     reading.token_ids[0, 1] = 8
-    assert loss(8) == pytest.approx(-math.log((0.2 + 0.4) / 2), rel=1e-4) and loss(7) == loss(9, 9) == 0
+    assert loss(8) == pytest.approx(-math.log(0.2 * 0.4) / 2, rel=1e-4) and loss(7) == loss(9, 9) == 0
 
 
 def test_scores_by_hand():
@@ -364,6 +386,29 @@ def test_resumed_is_unbroken(run, tmp_path, monkeypatch):
         assert torch.equal(one, other), name
     read = lambda name: [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
     assert [(a["step"], a["loss"]) for a in read("whole")] == [(b["step"], b["loss"]) for b in read("broken")]
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    """Catches gradients that are averaged instead of added, processes that draw the same batches, and two that write one folder."""
+    base = toy_base(tmp_path / "base")
+    command = ["train.py", "--model", str(base), "--device", "cpu", "--steps", "3", "--batch", "8", "--accumulate", "2", "--facts", "8", "--bundles", "60",
+               "--eval-every", "3", "--inject-after", "2", "--key-dim", "8", "--token-key-dim", "8", "--dropout", "0.1", "--tokens", "80"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, start in (("one", [sys.executable]), ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
+        done = subprocess.run([*start, *command, "--out", str(tmp_path / name)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0 and done.stderr.count("saved in") == 1, done.stderr
+    one, two = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_processes_share_out_whole_batches(monkeypatch):
+    """Catches a batch that no process takes."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    replace(SETTINGS, accumulate=4).check()
+    with pytest.raises(InputError, match="multiple of the 2 processes"):
+        replace(SETTINGS, accumulate=3).check()
 
 
 def test_a_run_ends_after_its_minutes(run, tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from data_gen import World, open_vocabulary
 from gemma import BOS, EOS, PAD, Gemma, GemmaConfig, InputError, Tokenizer, check_device, replacing, write_json
 
 CONFIG = dict(
-    model_type="gemma3_text", vocab_size=4096, hidden_size=192, intermediate_size=384, num_hidden_layers=12,
+    model_type="gemma3_text", vocab_size=4096, hidden_size=192, intermediate_size=352, num_hidden_layers=12,
     num_attention_heads=4, num_key_value_heads=1, head_dim=48, query_pre_attn_scalar=48, sliding_window=128,
     max_position_embeddings=1024)
 LENGTH = 320                            # tokens of a training block: longer than the window, so that full layers matter
