@@ -2,7 +2,7 @@
 
     python data_gen.py --n 20000 --out data.jsonl
 
-A memory that is trained on closed lists of values learns to classify and never to copy. So half of all values here are made
+A memory that is trained on closed lists of values learns to classify and never to copy. So many values here are made
 from the tokenizer's whole vocabulary, whatever the question asks for: a locker code may be "Violet harbour", a sister
 "4821-B". The sentence alone says what belongs to whom, and the answer has to be carried over token by token.
 
@@ -16,7 +16,9 @@ How the file goes, top to bottom:
 
 Templates have holes: {a} the noun of an open attribute, {p} the subject ({P} where a sentence starts), {v} the value, {Sub} {sub} {Poss} {poss} {obj} pronouns,
 {q} a second person, {f} a whole sentence. Patterns of values have holes named after lists and other patterns, and # stands
-for a digit, ^ for a digit but 0, ? for a capital letter, * for a small one, ~ for a hexadecimal digit.
+for a digit, ^ for a digit but 0, ? for a capital letter, * for a small one, ~ for a hexadecimal digit. A scene has wordings of
+its `first` sentence and perhaps of a second one (`then`) that only a pronoun links to it, `questions` and `updates` for each hole,
+and `options`: lists of values of its own. Its holes are named after these or after any list or pattern, with a digit for a second.
 """
 
 import argparse

@@ -116,6 +116,7 @@ def answer_tokens(tokenizer, facts, answer):
         for at in re.finditer(" and ", answer):
             first, second = (spelled(tokenizer, fact, part) for fact, part in zip(facts, (answer[:at.start()], answer[at.end():])))
             if first and second:
+                second = second if tokenizer.pieces.id_to_piece(second[0]).startswith("\u2581") else tokenizer.encode(" " + answer[at.end():], bos=False)
                 return first + tokenizer.encode(" and", bos=False) + second
         return tokenizer.encode(" " + answer, bos=False)
     return spelled(tokenizer, facts[0], answer) or tokenizer.encode(" " + answer, bos=False)

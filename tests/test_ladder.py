@@ -53,7 +53,7 @@ def test_one_change_a_rung_from_the_plan_to_the_defaults():
     assert rungs[-1].name == ladder.FINAL and rungs[-1].configs(settings, False) == (TrainConfig(**settings), MemoryConfig())
     # Whatever can be switched in a memory is on the road; what is only a size is not.
     switches = {f.name for f in fields(MemoryConfig) if type(f.default) in (bool, str)} - {"chat"}
-    assert switches | {"hops", "open_words", "retrieval", "copying"} == set(ladder.PLAN)
+    assert switches | {"hops", "open_words", "retrieval", "copying", "sentence_layers"} == set(ladder.PLAN)
 
 
 def test_the_other_groups_leave_the_final_design_in_one_point():
@@ -62,7 +62,7 @@ def test_the_other_groups_leave_the_final_design_in_one_point():
     final = next(d for d in every if d.name == ladder.FINAL)
     others = [d for d in every if d.group != ladder.LADDER]
     assert [d.number for d in every] == list(range(1, len(every) + 1)) and len({d.name for d in every}) == len(every)
-    assert len(others) == 10 and all(len(d.changes) == 1 and differing(final.choices, d.choices) == set(d.changes) for d in others)
+    assert len(others) == 11 and all(len(d.changes) == 1 and differing(final.choices, d.choices) == set(d.changes) for d in others)
 
 
 @pytest.mark.parametrize("layers, final, others", [(26, 8, [2, 4, 12, 16]), (12, 8, [2, 4, 12]), (4, 2, [4])])
@@ -77,7 +77,7 @@ def test_selection():
     """Catches a range that leaves out its last rung, and numbers that depend on the base."""
     assert ladder.selection("1-3,gat") == {"plan", "open-words", "hidden-nodes", "gat"}
     assert ladder.selection("without") == {name for name, *_ in ladder.TAKEN_AWAY}
-    assert ladder.selection("25") == {"after-16"} and ladder.selection("without-gat,15") == {"without-gat", "two-hops"}
+    assert ladder.selection("27") == {"after-16"} and ladder.selection("without-gat,16") == {"without-gat", "two-hops"}
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -158,7 +158,7 @@ def test_gains(tmp_path):
     result = dict(layers=12, rungs={name: row(right) for name, right in names.items()})
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in ladder.report(result).splitlines() if line.startswith("| ")]
     gains = [(line[0], line[3]) for line in cells if len(line) == 9 and line[0]]
-    assert gains == [("1", "–"), ("2", "+4.0"), ("4", "–"), ("15", "–"), ("15", "–"), ("17", "-10.0"), ("23", "+5.0"), ("15", "–")]
+    assert gains == [("1", "–"), ("2", "+4.0"), ("4", "–"), ("16", "–"), ("16", "–"), ("18", "-10.0"), ("25", "+5.0"), ("16", "–")]
     if importlib.util.find_spec("matplotlib"):
         assert ladder.plot(result, tmp_path / "ladder.png") and (tmp_path / "ladder.png").stat().st_size > 5000
         assert not ladder.plot(dict(layers=12, rungs={"plan": dict(failed="step 9")}), tmp_path / "none.png")

@@ -80,6 +80,8 @@ def test_answers_that_no_tokens_spell_are_encoded_anew(shipped):
     facts = [encode("Ana speaks Welsh.", True), encode("Ana also speaks Thai and Lao.", True)]
     assert tokenizer.decode(train.answer_tokens(tokenizer, facts, "Welsh and Thai and Lao")) == " Welsh and Thai and Lao"
     assert train.answer_tokens(tokenizer, facts, "Thai and Welsh") == encode(" Thai and Welsh")
+    facts = [encode("Ana speaks Welsh.", True), encode('Ana also speaks "Thai".', True)]
+    assert tokenizer.decode(train.answer_tokens(tokenizer, facts, "Welsh and Thai")) == " Welsh and Thai"
 
 def story(pool):
     """For each sentence of the pool: (its bundle, its place there)."""
