@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from exercises.checking import exercises, load, run, stub
+from exercises.checking import exercises, hints, load, run, run_all, stub
 from generate import Parser, fail
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,7 +16,7 @@ WORK = ROOT / "workshop"
 EPILOG = """commands:
   (none)         list the exercises: number, state, title, labels
   next           the first exercise that isn't solved yet
-  check 03       check exercise 03; exits 1 if it isn't solved
+  check 03       check exercise 03; exits 1 if it isn't solved; check all: every one
   hint 03        a hint; again: the next one, three in all
   reset 03       start again; what was there is kept beside it
   watch [03]     check whatever is saved, until Ctrl-C
@@ -99,7 +99,11 @@ def line(work, exercise):
 def check(work, exercise):
     """Check and print; True if solved."""
     before = work.hash(exercise)
-    result = run(exercise, work.path(exercise))
+    return report(work, exercise, before, run(exercise, work.path(exercise)))
+
+
+def report(work, exercise, before, result):
+    """Print what a check found in the file whose hash was `before`; True if solved."""
     print(f"{exercise.number}  {exercise.title}  ({here(work.path(exercise))})")
     for name in result["passed"]:
         print(f"  ok    {name}")
@@ -120,11 +124,11 @@ def show(work, exercise):
 
 
 def hint(work, exercise):
-    hints = load(exercise.path).HINTS
+    three = hints(exercise)
     given = work.state.get(f"hints {exercise.number}", 0)
-    level = min(given + 1 if isinstance(given, int) else 1, len(hints))
+    level = min(given + 1 if isinstance(given, int) else 1, len(three))
     work.remember(f"hints {exercise.number}", level)
-    print(f"hint {level} of {len(hints)}: {hints[level - 1]}")
+    print(f"hint {level} of {len(three)}: {three[level - 1]}")
 
 
 def reset(work, exercise):
@@ -203,6 +207,10 @@ def main(arguments=None):
         else:
             print("all solved")
         return 0
+    if (args.command, args.which) == ("check", "all"):
+        before = [work.hash(e) for e in exercises()]
+        results = run_all([(e, work.path(e)) for e in exercises()])
+        return 0 if all([report(work, *found) for found in zip(exercises(), before, results)]) else 1
     exercise = find(args.which)
     if args.command == "check":
         return 0 if check(work, exercise) else 1

@@ -6,8 +6,8 @@ does not get to see: HINTS, MISTAKES, `check` and `install`. A mistake is (its n
 may write in its place): when a result is wrong, it is compared with what each mistake would have given, and the one that
 gives the same is named.
 
-    python -m exercises.checking NUMBER FILE RESULT     what `python -m exercises check` runs in a process of its own, so that
-                                                        a learner's endless loop or crash ends there
+    python -m exercises.checking NUMBER FILE RESULT SECONDS     what `python -m exercises check` runs in a process of its own,
+                                                                so that a learner's endless loop or crash ends there
 """
 
 import ast
@@ -22,7 +22,8 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -38,7 +39,7 @@ class Exercise:
     path: Path                       # its file in source/
     text: str
     title: str                       # first line of its docstring
-    labels: dict                     # difficulty, importance, minutes, needs
+    labels: dict = field(hash=False)  # difficulty, importance, minutes, needs
 
     @property
     def name(self):
@@ -67,6 +68,12 @@ def stub(exercise):
         elif not inside:
             lines.append(line)
     return "\n".join(lines) + "\n"
+
+
+def hints(exercise):
+    """Its HINTS, read without running the file: PyTorch takes seconds to import."""
+    return next(ast.literal_eval(node.value) for node in ast.parse(exercise.text).body
+                if isinstance(node, ast.Assign) and node.targets[0].id == "HINTS")
 
 
 def load(path, name="learner"):
@@ -303,17 +310,17 @@ class Short(io.StringIO):
         return super().write(text[:max(0, 4000 - self.tell())])
 
 
-def run(exercise, file):
+def run(exercise, file, seconds=SECONDS):
     """Check a file in another process. Returns a dict: passed (names), failed (None or a sentence), printed."""
     with tempfile.TemporaryDirectory() as folder:
         result, stopped = Path(folder) / "result.json", Path(folder) / "stopped.txt"
-        command = [sys.executable, "-m", "exercises.checking", exercise.number, str(Path(file).resolve()), str(result)]
+        command = [sys.executable, "-m", "exercises.checking", exercise.number, str(Path(file).resolve()), str(result), str(seconds)]
         environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
         failed = None
         try:
             with open(stopped, "w", encoding="utf-8") as errors:
                 code = subprocess.run(command, cwd=HERE.parent, env=environment, stdin=subprocess.DEVNULL,
-                                      stdout=subprocess.DEVNULL, stderr=errors, timeout=SECONDS + 2).returncode
+                                      stdout=subprocess.DEVNULL, stderr=errors, timeout=seconds + 2).returncode
         except subprocess.TimeoutExpired:
             code = None
         if result.is_file():
@@ -321,14 +328,20 @@ def run(exercise, file):
         trace = stopped.read_text(encoding="utf-8", errors="replace")
         if code is None or "Timeout" in trace:
             at = next((line.rsplit("line ", 1)[1] for line in trace.split("\n") if f'"{Path(file).resolve()}", line' in line), "")
-            failed = f"stopped after {SECONDS} s" + (f", in line {at}" if at else "") + "; is there a loop that never ends?"
+            failed = f"stopped after {seconds} s" + (f", in line {at}" if at else "") + "; is there a loop that never ends?"
         else:
             failed = f"the process ended by itself (code {code}): a crash, too much memory, or a call that ends Python"
         return dict(passed=[], failed=failed, printed="")
 
 
-def main(number, file, result):
-    faulthandler.dump_traceback_later(SECONDS, exit=True)                  # says in which line it was
+def run_all(jobs):
+    """run() on a list of (exercise, file), several at a time: half the cores, for the sake of the checks of time."""
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
+        return list(pool.map(lambda job: run(*job), jobs))
+
+
+def main(number, file, result, seconds):
+    faulthandler.dump_traceback_later(int(seconds), exit=True)             # says in which line it was
     exercise = next(e for e in exercises() if e.number == number)
     printed = Short()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):

@@ -5,10 +5,9 @@ FOLDER holds a folder for each learner, with the files of their work folder; a f
 
 import os
 import xml.etree.ElementTree as tree
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from exercises.checking import exercises, run
+from exercises.checking import exercises, run_all
 from generate import fail
 
 
@@ -24,23 +23,22 @@ def grade(folder, xml):
     learners = sorted(p for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
     if not learners:
         fail(f"expected a folder for each learner in {folder}, but there is none.")
-    jobs = [(learner, exercise) for learner in learners for exercise in exercises()]
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:   # each job is a process; half the cores, for its time checks
-        results = list(pool.map(lambda job: run(job[1], job[0] / job[1].name) if (job[0] / job[1].name).is_file() else None, jobs))
+    handed_in = [(learner, exercise) for learner in learners for exercise in exercises() if (learner / exercise.name).is_file()]
+    results = dict(zip(handed_in, run_all([(exercise, learner / exercise.name) for learner, exercise in handed_in])))
     suites = tree.Element("testsuites", name="exercises")
     for learner in learners:
         suite = tree.SubElement(suites, "testsuite", name=plain(learner.name))
-        mine = [(exercise, result) for (who, exercise), result in zip(jobs, results) if who == learner]
+        mine = [(exercise, results.get((learner, exercise))) for exercise in exercises()]
         for exercise, result in mine:
             case = tree.SubElement(suite, "testcase", classname=plain(learner.name), name=f"{exercise.number} {exercise.title}")
             if result is None:
                 tree.SubElement(case, "skipped", message="not handed in")
             elif result["failed"]:
                 tree.SubElement(case, "failure", message=plain(result["failed"]))
-        handed_in = [result for _, result in mine if result is not None]
-        failures = sum(bool(result["failed"]) for result in handed_in)
-        suite.attrib.update(tests=str(len(mine)), failures=str(failures), skipped=str(len(mine) - len(handed_in)))
-        print(f"{plain(learner.name):<24}  {len(handed_in) - failures:>2} of {len(mine)} solved, {len(handed_in)} handed in")
+        found = [result for _, result in mine if result is not None]
+        failures = sum(bool(result["failed"]) for result in found)
+        suite.attrib.update(tests=str(len(mine)), failures=str(failures), skipped=str(len(mine) - len(found)))
+        print(f"{plain(learner.name):<24}  {len(found) - failures:>2} of {len(mine)} solved, {len(found)} handed in")
     if xml:
         try:
             tree.indent(suites)

@@ -22,7 +22,8 @@ def slow_load(path, wanted, prefix="model."):
     """The specification, in loops."""
     blob = Path(path).read_bytes()
     (n,) = struct.unpack("<Q", blob[:8])
-    header, result = json.loads(blob[8:8 + n]), {}
+    header = json.loads(blob[8:8 + n])
+    result = {}
     for name, shape in wanted.items():
         entry = header[prefix + name]                                      # raises KeyError
         if entry["shape"] != list(shape):
