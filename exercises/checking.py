@@ -6,8 +6,8 @@ does not get to see: HINTS, MISTAKES, `check` and `install`. A mistake is (its n
 may write in its place): when a result is wrong, it is compared with what each mistake would have given, and the one that
 gives the same is named.
 
-    python -m exercises.checking NUMBER FILE RESULT SECONDS     what `python -m exercises check` runs in a process of its own,
-                                                                so that a learner's endless loop or crash ends there
+    python -m exercises.checking NUMBER FILE RESULT     what `python -m exercises check` runs in a process of its own, so that
+                                                        a learner's endless loop or crash ends there
 """
 
 import ast
@@ -243,17 +243,24 @@ class Trial:
         """No tensor made on the way has more than `at_most` elements."""
         if self.values_only:
             return
-        from torch.utils._python_dispatch import TorchDispatchMode
-        from torch.utils._pytree import tree_leaves
+        import torch
 
-        class Watch(TorchDispatchMode):
+        def storages(value):
+            """The storages of the tensors in a value, by address, with their number of elements."""
+            if isinstance(value, (tuple, list)):
+                return {at: size for part in value for at, size in storages(part).items()}
+            if isinstance(value, dict):
+                return storages(list(value.values()))
+            known = isinstance(value, torch.Tensor)
+            return {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() // value.element_size()} if known else {}
+
+        class Watch(torch.overrides.TorchFunctionMode):
             largest = 0
 
-            def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            def __torch_function__(self, function, types, arguments=(), keywords=None):
+                known = storages([arguments, keywords])                    # a view, or what was written in place, is nothing new
                 result = function(*arguments, **(keywords or {}))
-                storages = lambda tree: {t.untyped_storage().data_ptr(): t for t in tree_leaves(tree) if hasattr(t, "untyped_storage")}
-                known = storages((arguments, keywords))                    # a view, or what was written in place, is nothing new
-                new = [t.untyped_storage().nbytes() // t.element_size() for at, t in storages(result).items() if at not in known]
+                new = [size for at, size in storages(result).items() if at not in known]
                 Watch.largest = max(Watch.largest, *new, 0)
                 return result
 
@@ -310,17 +317,17 @@ class Short(io.StringIO):
         return super().write(text[:max(0, 4000 - self.tell())])
 
 
-def run(exercise, file, seconds=SECONDS):
+def run(exercise, file):
     """Check a file in another process. Returns a dict: passed (names), failed (None or a sentence), printed."""
     with tempfile.TemporaryDirectory() as folder:
         result, stopped = Path(folder) / "result.json", Path(folder) / "stopped.txt"
-        command = [sys.executable, "-m", "exercises.checking", exercise.number, str(Path(file).resolve()), str(result), str(seconds)]
+        command = [sys.executable, "-m", "exercises.checking", exercise.number, str(Path(file).resolve()), str(result)]
         environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
         failed = None
         try:
             with open(stopped, "w", encoding="utf-8") as errors:
                 code = subprocess.run(command, cwd=HERE.parent, env=environment, stdin=subprocess.DEVNULL,
-                                      stdout=subprocess.DEVNULL, stderr=errors, timeout=seconds + 2).returncode
+                                      stdout=subprocess.DEVNULL, stderr=errors, timeout=SECONDS + 2).returncode
         except subprocess.TimeoutExpired:
             code = None
         if result.is_file():
@@ -328,20 +335,20 @@ def run(exercise, file, seconds=SECONDS):
         trace = stopped.read_text(encoding="utf-8", errors="replace")
         if code is None or "Timeout" in trace:
             at = next((line.rsplit("line ", 1)[1] for line in trace.split("\n") if f'"{Path(file).resolve()}", line' in line), "")
-            failed = f"stopped after {seconds} s" + (f", in line {at}" if at else "") + "; is there a loop that never ends?"
+            failed = f"stopped after {SECONDS} s" + (f", in line {at}" if at else "") + "; is there a loop that never ends?"
         else:
             failed = f"the process ended by itself (code {code}): a crash, too much memory, or a call that ends Python"
         return dict(passed=[], failed=failed, printed="")
 
 
 def run_all(jobs):
-    """run() on a list of (exercise, file), several at a time: half the cores, for the sake of the checks of time."""
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
+    """run() on a list of (exercise, file), one at a time for each core, up to eight."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda job: run(*job), jobs))
 
 
-def main(number, file, result, seconds):
-    faulthandler.dump_traceback_later(int(seconds), exit=True)             # says in which line it was
+def main(number, file, result):
+    faulthandler.dump_traceback_later(SECONDS, exit=True)                  # says in which line it was
     exercise = next(e for e in exercises() if e.number == number)
     printed = Short()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):

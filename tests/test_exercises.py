@@ -13,7 +13,6 @@ import pytest
 from conftest import ROOT
 from toy import one_thread  # noqa: F401
 
-from exercises import checking
 from exercises.__main__ import Work
 from exercises.checking import BEGIN, CUT, END, check, exercises, hints, load, mistaken, run, stub
 
@@ -98,15 +97,13 @@ def test_broken_file_gets_a_sentence(body, sentence, tmp_path):
     assert re.search(sentence, result["failed"]) and "\n" not in result["failed"] and len(result["printed"]) <= 4000
 
 
-@pytest.mark.parametrize("loop", ["while True: pass", "while True: print('x' * 1000)"])
-def test_endless_loop_is_stopped(loop, tmp_path):
+def test_endless_loop_is_stopped(tmp_path):
     """Catches a check that never ends, and one that doesn't say in which line it was."""
-    assert checking.SECONDS + 2 < 20
-    file, start = tmp_path / MASK.name, time.time()
+    file, loop, start = tmp_path / MASK.name, "while True: print('x' * 1000)", time.time()
     file.write_text(stub(MASK).replace("raise NotImplementedError", loop + "  #"), encoding="utf-8")
     line = next(n for n, text in enumerate(file.read_text().split("\n"), 1) if loop in text)
-    failed = run(MASK, file, seconds=10)["failed"]
-    assert f"in line {line}" in failed and "loop" in failed and time.time() - start < 14
+    failed = run(MASK, file)["failed"]
+    assert f"in line {line}" in failed and "loop" in failed and time.time() - start < 20
 
 
 def test_a_learners_way_through(tmp_path):
