@@ -81,7 +81,7 @@ def converse_in_child(model, folder):
         chat = Chat(model, folder, progress=False)
         print("open", file=sys.stderr, flush=True)
         generate.talk(model, argparse.Namespace(why=False), chat)
-        chat.close()
+        chat.keep()
         os._exit(0)
     os.close(lines)
     os.close(notes)
@@ -158,7 +158,7 @@ def flips(model, seed=0, cache_step=1):
         chat.session.forget([0])
         chat.session.undo()
         chat.sync()
-        chat.close()
+        chat.keep()
         model.clear_memory()
         live, file = chat.session.live(), chat.session.file
         whole = file.read_bytes()
@@ -202,13 +202,13 @@ from extras.session import Chat
 from memory import GemmaWithMemory
 start = time.time()
 model = GemmaWithMemory.from_pretrained(sys.argv[2])
-loaded = time.time()
+loaded, busy = time.time(), time.process_time()
 chat = Chat(model, sys.argv[1])
-opened = time.time()
+opened, busy = time.time(), time.process_time() - busy
 answer = model.answer("What is the code of locker 4821?")
 asked = time.time()
 again = model.answer("What is the code of locker 99?")
-print(json.dumps(dict(model_s=round(loaded - start, 2), session_s=round(opened - loaded, 2), first_answer_s=round(asked - opened, 2),
+print(json.dumps(dict(model_s=round(loaded - start, 2), session_s=round(opened - loaded, 2), session_cpu_s=round(busy, 2), first_answer_s=round(asked - opened, 2),
       next_answer_s=round(time.time() - asked, 2), facts=len(model.memory_graph), peak_GB=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 1))))
 """
 

@@ -28,6 +28,8 @@ from gemma import InputError
 
 WAIT = 30                            # seconds for another writer to finish
 LARGEST_ID = 10 ** 15
+TELL, FORGET, UNDO = {"id", "time", "text"}, {"id", "time", "forgotten"}, {"undo", "time"}     # the fields of a line
+NEVER = (None, None)                 # what stands where nothing was told yet
 HELP = """\
 A statement is remembered, a question answered from all that was ever told here (--remember all | none changes that).
 /add FACT      remember a fact           /facts         list what is remembered, with ids and times
@@ -51,7 +53,7 @@ def is_question(line):
 class Session:
     """The episodes in a folder, which is made if it isn't there.
 
-    episodes: {id: [text, or None once forgotten, and the time of telling]} in the order told; notes: sentences about what
+    episodes: {id: (text, or None once forgotten, and the time of telling)} in the order told; notes: sentences about what
     couldn't be read, to be shown once. Raises InputError where the folder can't be used.
     """
 
@@ -121,22 +123,21 @@ class Session:
             return False
         if not isinstance(change, dict):
             return False
-        i, text, time, undo = (change.get(name) for name in ("id", "text", "time", "undo"))
-        whole = lambda n, most: type(n) is int and 0 <= n <= most
+        fields, i, text, time, undo = change.keys(), change.get("id"), change.get("text"), change.get("time"), change.get("undo")
         if time is not None and not isinstance(time, str):
             return False
-        if set(change) <= {"undo", "time"} and whole(undo, len(self.changes)):
+        if fields <= UNDO and whole(undo, len(self.changes)):
             for _ in range(undo):
                 i, before, _ = self.changes.pop()
                 self.episodes[i] = before
             return True
-        known = self.episodes.get(i, [None, None]) if whole(i, LARGEST_ID) else None
-        if known is None:
+        if not whole(i, LARGEST_ID):
             return False
-        if set(change) <= {"id", "time", "text"} and isinstance(text, str) and text.strip() and encodable(text):
-            after = [text, time if known[0] is None and known[1] is None else known[1]]
-        elif set(change) <= {"id", "time", "forgotten"} and change.get("forgotten") is True and known[0] is not None:
-            after = [None, known[1]]
+        known = self.episodes.get(i, NEVER)
+        if fields <= TELL and isinstance(text, str) and text.strip() and encodable(text):
+            after = (text, time if known is NEVER else known[1])
+        elif fields <= FORGET and change.get("forgotten") is True and known[0] is not None:
+            after = (None, known[1])
         else:
             return False
         self.changes.append((i, known, time))
@@ -202,8 +203,12 @@ class Session:
         return count
 
     def check(self, i):
-        if self.episodes.get(i, [None])[0] is None:
+        if self.episodes.get(i, NEVER)[0] is None:
             raise InputError(f"expected the id of a fact, got {i!r}; /facts lists them.")
+
+
+def whole(number, most):
+    return type(number) is int and 0 <= number <= most
 
 
 def encodable(text):
@@ -258,8 +263,9 @@ class Chat:
         while self.session.notes:
             say(f"note: {generate.one_line(self.session.notes.pop(0))}")
 
-    def close(self):
-        keep(self.cache, self.key, self.model.memory_graph, self.held)
+    def keep(self):
+        """Bring the cache up to date. Not after Ctrl-C: the memory may then be in the middle of a change."""
+        self.held = keep(self.cache, self.key, self.model.memory_graph, self.held)
 
     def told(self, episode):
         """When an episode was told, in local time, for the terminal."""
@@ -332,6 +338,8 @@ class Chat:
         except SystemExit:                                                 # it has said what is wrong
             return
         self.add(facts, say)
+        self.sync()
+        self.keep()                                                        # a long import is worth keeping at once
 
     def export(self, path, say):
         live = self.session.live()
@@ -348,12 +356,10 @@ def converse(model, args):
     chat = Chat(model, args.session, args.remember)
     say = lambda *lines: print(*lines, sep="\n", file=sys.stderr, flush=True)
     chat.notes(say)
-    try:
-        if args.question is None:
-            generate.talk(model, args, chat)
-        else:                                                              # asked in passing: not remembered
-            generate.answer(model, args.question, args)
-            if args.why:
-                say(*generate.why(model, told=chat.told))
-    finally:
-        chat.close()
+    if args.question is None:
+        generate.talk(model, args, chat)
+        chat.keep()
+    else:                                                                  # asked in passing: not remembered
+        generate.answer(model, args.question, args)
+        if args.why:
+            say(*generate.why(model, told=chat.told))

@@ -1,6 +1,7 @@
 """Conversations that last: the file, the cache, the commands, and what all of it survives. On a toy model where any will do."""
 
 import errno
+import functools
 import io
 import json
 import os
@@ -67,8 +68,13 @@ def run(capsys, monkeypatch, toy):
     return run
 
 
+load_once = functools.lru_cache(GemmaWithMemory.from_pretrained)
+
+
 def answer(toy, facts, question=QUESTION):
-    model = GemmaWithMemory.from_pretrained(toy)
+    """What the library answers, without any file."""
+    model = load_once(toy)
+    model.clear_memory()
     model.add_to_memory(list(facts))
     return model.answer(question)
 
@@ -221,7 +227,7 @@ def test_opened_from_the_cache(toy, folder, never_encodes):
     chat.session.tell(FACTS)
     chat.sync()
     said, keys = chat.model.answer(QUESTION), chat.model.memory_graph.tokens.keys.clone()
-    chat.close()
+    chat.keep()
     assert said == answer(toy, FACTS)
     assert set(load_file(folder / "cache.safetensors")) == {"texts", "lengths", "ids", "keys", "nodes"}
     never_encodes()
@@ -235,7 +241,7 @@ def test_only_what_is_new_is_encoded(toy, folder, monkeypatch):
     session = chat.session
     session.tell(FACTS)
     chat.sync()
-    chat.close()
+    chat.keep()
     encoded, encode = [], GemmaWithMemory.encode
     monkeypatch.setattr(GemmaWithMemory, "encode", lambda self, facts, *rest: (encoded.extend(facts), encode(self, facts, *rest))[1])
     changes = [(lambda: session.forget([3]), 0), (lambda: session.edit(1, "Tom's code is 7."), 1), (session.undo, 1), (session.undo, 1),
@@ -248,7 +254,7 @@ def test_only_what_is_new_is_encoded(toy, folder, monkeypatch):
         encoded.clear()
         texts = [t for _, t in session.live()]
         assert chat.model.memory_graph.texts == texts and chat.model.answer(QUESTION) == answer(toy, texts)
-    chat.close()
+    chat.keep()
     encoded.clear()
     assert opened(toy, folder).model.memory_graph.texts == texts and encoded == []
 
@@ -273,12 +279,12 @@ def test_a_cache_that_can_not_be_used(toy, folder, name):
     chat.session.tell(FACTS)
     chat.sync()
     keys = chat.model.memory_graph.tokens.keys.clone()
-    chat.close()
+    chat.keep()
     DAMAGE[name](chat.cache, chat.key, chat.model.memory_graph)
     for _ in range(2):
         again = opened(toy, folder)
         assert torch.equal(again.model.memory_graph.tokens.keys, keys) and again.model.answer(QUESTION) == answer(toy, FACTS)
-        again.close()
+        again.keep()
 
 
 def test_other_weights_other_cache(toy, model):
@@ -296,7 +302,7 @@ def test_a_bf16_cache_serves_a_cpu(toy, folder, device, never_encodes):
     chat = opened(toy, folder, dtype=torch.bfloat16, device=device)
     chat.session.tell(FACTS)
     chat.sync()
-    chat.close()
+    chat.keep()
     never_encodes()
     graph = opened(toy, folder).model.memory_graph
     assert graph.tokens.keys.dtype == torch.float32 and torch.equal(graph.tokens.keys, chat.model.memory_graph.tokens.keys.cpu())
@@ -311,7 +317,7 @@ def test_a_folder_that_can_not_hold_a_cache(toy, folder, monkeypatch):
     chat = opened(toy, folder)
     chat.session.tell(FACTS)
     chat.sync()
-    chat.close()
+    chat.keep()
     assert {p.name for p in folder.iterdir()} == {"episodes.jsonl", ".lock"}
     assert opened(toy, folder).model.answer(QUESTION) == answer(toy, FACTS)
 
