@@ -51,6 +51,9 @@ def parse_arguments(arguments):
                     epilog='example: python generate.py --memory facts.txt --why "Where does Maria live?"')
     parser.add_argument("question", nargs="?", help="what to ask; without it, every line of standard input is answered")
     parser.add_argument("--memory", metavar="FILE", help="facts to remember, one a line, UTF-8 (default: an empty memory)")
+    parser.add_argument("--session", metavar="DIR", help="a conversation whose memory lasts, kept in this folder; /help in it says more")
+    parser.add_argument("--remember", choices=["facts", "all", "none"], default="facts",
+                        help="which lines a session remembers: statements, questions too, or only what /add says (default: facts)")
     parser.add_argument("--model", default="tiny", help="tiny, gemma-3-270m, or a folder that train.py wrote (default: tiny)")
     parser.add_argument("--base", help="another place to find the model's base: a folder or a Hub id (default: where the model says)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
@@ -70,6 +73,8 @@ def parse_arguments(arguments):
     args = parser.parse_args(arguments)
     if args.question is not None and not args.question.strip():
         fail("expected a question, got an empty one; leave it out to type questions one by one.")
+    if args.session is not None and args.memory is not None:
+        fail("expected --memory or --session, got both; /import FILE puts a file's facts into a session.")
     return args
 
 
@@ -101,8 +106,9 @@ def answer(model, question, args):
     print(flush=True)
 
 
-def why(model, at_most=5):
-    """Lines that show what the last answer drew on: each episode's share of the attention at the end of the question.
+def why(model, at_most=5, told=lambda episode: ""):
+    """Lines that show what the last answer drew on: each episode's share of the attention at the end of the question,
+    and before its text what `told` says of it.
 
     Mean over the heads; where the question was put in several hops, the hop in which the episode's share was largest.
     """
@@ -112,7 +118,7 @@ def why(model, at_most=5):
     hops = [model.weights(hop)[0].tolist() for hop in range(model.config.hops)]                      # each (N + 1,), null last
     shares = sorted(zip(map(max, zip(*hops)), graph.ids, graph.texts), key=lambda row: -row[0])
     bar = lambda share, label, text: f"{share:5.0%} {'█' * round(20 * share):░<20} {label:>4}  {text}"
-    return [*(bar(share, i, one_line(text)) for share, i, text in shares[:at_most] if share >= 0.005),
+    return [*(bar(share, i, told(i) + one_line(text)) for share, i, text in shares[:at_most] if share >= 0.005),
             bar(hops[-1][-1], "-", f"none of them (above {model.config.null_threshold:.0%} it says that it doesn't know)")]
 
 
@@ -121,8 +127,11 @@ def one_line(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def talk(model, args):
-    """Answer line after line of standard input, by hand or from a pipe, until it ends."""
+def talk(model, args, chat=None):
+    """Answer line after line of standard input, by hand or from a pipe, until it ends.
+
+    chat: an extras.session.Chat, which sees every line first, where the memory is to last.
+    """
     from gemma import InputError
     by_hand = sys.stdin.isatty()
     if not by_hand:
@@ -140,10 +149,14 @@ def talk(model, args):
         try:
             if not line:
                 continue
+            elif chat is not None and chat.handles(line, say):
+                continue
             elif not line.startswith("/"):
                 answer(model, line, args)
-                last = why(model)
+                last = why(model) if chat is None else why(model, told=chat.told)
                 say(*last if args.why else ())
+                if chat is not None:
+                    chat.answered(line, say)
             elif command == "/add":
                 say(f"remembered as {model.add_to_memory(rest)}")
             elif command == "/forget":
@@ -180,7 +193,12 @@ def main(arguments=None):
     try:
         import torch
         model = GemmaWithMemory.from_pretrained(args.model, args.base, dtype=args.dtype and getattr(torch, args.dtype), device=args.device)
-        model.add_to_memory(facts, progress=True)
+        if args.session is not None:
+            from extras.session import converse
+            return converse(model, args)
+        if args.memory is not None:
+            from extras.episode_cache import remember_file
+            remember_file(model, facts, args.memory, args.model)
         if args.question is None:
             return talk(model, args)
         answer(model, args.question, args)

@@ -126,7 +126,8 @@ class EpisodeGraph:
 
     Edges are not stored: those in time follow from the order, those of similarity are drawn when a question is asked. `keys`
     are worked out at the next question after a change and kept until the next change; while training, whose every step is
-    one, they are not kept. `states` (all tokens, D) stay so that keys can be worked out anew when the weights have changed.
+    one, they are not kept. `states` (all tokens, D) stay so that keys can be worked out anew when the weights have changed;
+    they are None in a memory whose tokens came from a cache (extras/episode_cache.py), which only answers.
     """
 
     def __init__(self, config, hidden_size, device):
@@ -153,7 +154,7 @@ class EpisodeGraph:
         self.texts += texts
         lengths = torch.tensor([len(t) for t in token_ids], device=self.device)
         token_ids, states = torch.cat(token_ids), torch.cat(states)
-        self.states = torch.cat((self.states.to(states.dtype), states))
+        self.states = torch.cat((self.states.to(states.dtype), states)) if self.states is not None else None
         self.tokens = TokenStore(torch.cat((self.tokens.ids, token_ids)),
                                  torch.cat((self.tokens.keys, injection.token_keys(token_ids, states, lengths))),
                                  torch.cat((self.tokens.lengths, lengths)))
@@ -175,7 +176,7 @@ class EpisodeGraph:
         keep = torch.arange(len(self.ids), device=self.device) != row
         start, length = int(self.tokens.starts[row]), int(self.tokens.lengths[row])
         cut = lambda flat: torch.cat((flat[:start], flat[start + length:]))
-        self.states = cut(self.states)
+        self.states = cut(self.states) if self.states is not None else None
         self.tokens = TokenStore(cut(self.tokens.ids), cut(self.tokens.keys), self.tokens.lengths[keep])
         del self.ids[row], self.texts[row]
         self.nodes = self.nodes[keep]
@@ -542,6 +543,8 @@ class GemmaWithMemory(nn.Module):
     def train(self, mode=True):
         super().train(mode)
         self.gemma.eval()                                                  # the base stays in eval, whatever its parent does
+        if self.memory_graph.states is None:
+            self.memory_graph.states = torch.cat(self.encode([self.token_ids(text) for text in self.memory_graph.texts]))
         self.memory_graph.refresh(self.injection)                      # training changed what the keys are made with
         return self
 
@@ -565,6 +568,29 @@ class GemmaWithMemory(nn.Module):
         """One vector per episode: the mean of its tokens' states, of their embeddings (the plan's), or both. (M,), (M, D) -> (D,)."""
         return node_features(self.config, states, self.gemma.embed_tokens.weight[ids]).mean(0)
 
+    def token_ids(self, text):
+        """The tokens of a fact, with <bos>. Raises InputError for an empty text, one that is no str, or one longer than the context."""
+        ids, most = self.tokenizer.encode(text), self.gemma.config.max_position_embeddings
+        if not text.strip():
+            raise InputError("expected a fact, got an empty text; leave it out.")
+        if len(ids) > most:
+            raise InputError(f"expected a fact of at most {most} tokens, got {len(ids)} ({text[:40]!r}…); split it into sentences.")
+        return ids
+
+    @torch.no_grad()
+    def encode(self, facts, done=lambda count: None):
+        """Token ids of facts (lists, each with <bos>) -> their states, as `states`. Calls done(how many) after each batch."""
+        # Sentences of like length together: less padding. Long ones in smaller batches: bounded memory.
+        order = sorted(range(len(facts)), key=lambda i: len(facts[i]))
+        states = [None] * len(facts)
+        while order:
+            size = max(1, min(256, 8192 // len(facts[order[:256][-1]])))
+            batch, order = order[:size], order[size:]
+            for i, s in zip(batch, self.states([facts[i] for i in batch])):
+                states[i] = s
+            done(len(batch))
+        return states
+
     @torch.no_grad()
     def add_to_memory(self, text, progress=False):
         """Remember a text, or a list of texts, each as one episode. Returns its id, or the list of ids in order.
@@ -572,26 +598,9 @@ class GemmaWithMemory(nn.Module):
         Raises InputError, with nothing stored, for an empty text, one that is no str, or one longer than the context.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        encoded = []
-        for t in texts:
-            ids = self.tokenizer.encode(t)
-            if not t.strip():
-                raise InputError("expected a fact, got an empty text; leave it out.")
-            if len(ids) > self.gemma.config.max_position_embeddings:
-                raise InputError(f"expected a fact of at most {self.gemma.config.max_position_embeddings} tokens, got {len(ids)} "
-                                 f"({t[:40]!r}…); split it into sentences.")
-            encoded.append(ids)
-        # Sentences of like length together: less padding. Long ones in smaller batches: bounded memory.
-        order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
-        states = [None] * len(texts)
-        bar = tqdm(total=len(texts), desc="remembering", unit="fact", disable=not progress, file=sys.stderr, leave=False, delay=2)
-        while order:
-            size = max(1, min(256, 8192 // len(encoded[order[-1]]))) if len(order) < 256 else max(1, min(256, 8192 // len(encoded[order[255]])))
-            batch, order = order[:size], order[size:]
-            for i, s in zip(batch, self.states([encoded[i] for i in batch])):
-                states[i] = s
-            bar.update(len(batch))
-        bar.close()
+        encoded = [self.token_ids(t) for t in texts]
+        with tqdm(total=len(texts), desc="remembering", unit="fact", disable=not progress, file=sys.stderr, leave=False, delay=2) as bar:
+            states = self.encode(encoded, bar.update)
         ids = [torch.tensor(e[1:], device=self.gemma.device) for e in encoded]
         if not texts:
             return []
