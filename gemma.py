@@ -39,12 +39,20 @@ class InputError(ValueError):
 
 @contextmanager
 def replacing(path):
-    """Yield a temporary name beside `path`; on success it takes the place of `path`, on failure nothing is left behind."""
+    """Yield a temporary name beside `path`; on success it takes the place of `path`, on failure nothing is left behind.
+
+    Raises InputError where the file can't be written (a full disk, say): `path` is then what it was before.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())      # on the disk before it takes the name: a machine that dies leaves the old file or the new
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: expected to write this file, but {error}; make room there or name another place, what the "
+                         "file held before is still in it.") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -56,10 +64,10 @@ def write_json(path, value):
 
 def read_json(path):
     """The JSON object in the file at `path`. Raises InputError if it is missing, unreadable or no object."""
+    if not os.path.isfile(path):         # a pipe would be waited for without end
+        raise InputError(f"{path}: expected this file, but it does not exist; give a folder that holds it.")
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: expected this file, but it does not exist; give a folder that holds it.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected a readable JSON file ({error}); restore the original.") from None
     if not isinstance(value, dict):
@@ -224,7 +232,8 @@ class Tokenizer:
                 ids += self.pieces.encode(part[start:match.start() + 1])
                 start = match.start() + 1
             ids += self.pieces.encode(part[start:])
-        assert not any(i in self.control_ids and i != UNK for i in ids[bool(bos):]), "text became a control token"
+        if any(i in self.control_ids and i != UNK for i in ids[bool(bos):]):     # a tokenizer that rewrites text could do it
+            raise InputError(f"expected text, but {self.path} makes a control token of it; restore the original tokenizer.model.")
         return ids
 
     def decode(self, ids):
@@ -654,7 +663,10 @@ def load_weights(model, folder, dtype, device):
                     raise InputError(f"{file}: expected {full_name} as floating point, got {tensor.dtype}; "
                                      "quantised checkpoints are not supported.")
                 parent, _, leaf = name.rpartition(".")
-                model.get_submodule(parent)._parameters[leaf] = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
+                parameter = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
+                if not torch.stack(parameter.aminmax()).isfinite().all():
+                    raise InputError(f"{file}: expected finite numbers in {full_name}, got NaN or infinity; download it again.")
+                model.get_submodule(parent)._parameters[leaf] = parameter
                 del tensor
                 loaded.add(name)
         except (SafetensorError, OSError, ValueError) as error:

@@ -16,6 +16,7 @@ N episodes · k candidates, of which some are read · M tokens of an episode · 
 token · C head width. Where words are compared: W words of a question · U episodes that questions on one memory look at.
 """
 
+import hashlib
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -75,12 +76,16 @@ class MemoryConfig:
             if name not in known or not (type(value) is known[name] or (known[name] is float and type(value) is int)):
                 raise InputError(f"{source}: unexpected memory setting {name} = {value!r}; restore the file that was saved.")
         config = cls(**raw)
+        most = dict(heads=64, sentence_layers=64, hops=8)                  # a file could ask for more than any machine has
         for name in ("inject_after", "heads", "key_dim", "token_key_dim", "gat_dim", "sentence_dim", "candidates", "readable", "hops"):
-            if getattr(config, name) < 1:
-                raise InputError(f"{source}: expected {name} of at least 1, got {getattr(config, name)}.")
-        if config.sentence_layers < 0 or config.sentence_dim % 4:
-            raise InputError(f"{source}: expected sentence_layers of at least 0 and sentence_dim a multiple of 4, "
-                             f"got {config.sentence_layers} and {config.sentence_dim}.")
+            if not 1 <= getattr(config, name) <= most.get(name, 4096):
+                raise InputError(f"{source}: expected {name} from 1 to {most.get(name, 4096)}, got {str(getattr(config, name))[:20]}.")
+        if not 0 <= config.sentence_layers <= most["sentence_layers"] or config.sentence_dim % 4:
+            raise InputError(f"{source}: expected sentence_layers from 0 to {most['sentence_layers']} and sentence_dim a multiple of 4, "
+                             f"got {str(config.sentence_layers)[:20]} and {config.sentence_dim}.")
+        for name in ("value_scale", "null_threshold"):
+            if not abs(getattr(config, name)) < 1e6:                       # nor is NaN
+                raise InputError(f"{source}: expected {name} to be an ordinary number, got {str(getattr(config, name))[:20]}.")
         if not 0 <= config.dropout < 1:
             raise InputError(f"{source}: expected dropout from 0 to below 1, got {config.dropout}.")
         for name, choices in (("node_features", ("both", "hidden", "embedding")), ("query", ("token", "pooled")), ("read", ("token", "episode"))):
@@ -719,13 +724,15 @@ class GemmaWithMemory(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "memory.safetensors") as temporary:
+        new = folder / "memory.safetensors.new"
+        with replacing(new) as temporary:
             save_file({name: t.detach().to("cpu", torch.bfloat16 if t.ndim > 1 else torch.float32).contiguous()
                        for name, t in self.injection.state_dict().items()}, temporary)
         write_json(folder / "memory.json", dict(
-            variant="graph", memory=asdict(self.config), trained=self.trained,
+            variant="graph", memory=asdict(self.config), trained=self.trained, sha256=hashlib.sha256(new.read_bytes()).hexdigest(),
             base=dict(name=str(self.base_name), config=self.gemma.config.fingerprint(), tokenizer=self.tokenizer.hash,
                       weights=self.gemma.fingerprint())))
+        new.replace(folder / "memory.safetensors")
 
     @classmethod
     def from_pretrained(cls, name=None, base=None, memory=None, dtype=None, device="cpu", config=None):
@@ -760,20 +767,29 @@ class GemmaWithMemory(nn.Module):
             print(f"note: the memory in {folder} was trained on other weights of the same shape; recall may suffer.", file=sys.stderr)
         model = cls(gemma, tokenizer, MemoryConfig.from_dict(saved["memory"], f"{folder}/memory.json"), base)
         model.trained = saved.get("trained", {})
-        model.load_memory(Path(folder) / "memory.safetensors")
+        model.load_memory(folder)
         return model.eval()
 
-    def load_memory(self, file):
-        """Load the memory's weights, strictly. Raises InputError naming the tensor that is missing, unexpected or misshapen."""
+    def load_memory(self, folder):
+        """Load the weights that save_pretrained wrote, strictly. Raises InputError where they are not those that memory.json
+        names by their hash, or naming the tensor that is missing, unexpected or misshapen."""
+        digest, file = read_json(Path(folder) / "memory.json").get("sha256"), Path(folder) / "memory.safetensors"
         try:
-            tensors = load_file(file)
+            new = file.with_name(file.name + ".new")                       # there if a save ended between its two files
+            blobs = [f.read_bytes() for f in (file, new) if f.is_file()]
+            if digest is not None:                                         # saved before memories had one: nothing to compare
+                blobs = [blob for blob in blobs if hashlib.sha256(blob).hexdigest() == digest]
+            if not blobs:
+                raise InputError(f"{file}: expected the weights that memory.json was saved with, but they are missing or damaged; "
+                                 "restore both files as they were saved.")
+            tensors = load(blobs[0])
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: expected a whole safetensors file ({str(error)[:100]}); restore the one that was saved.") from None
         mine = self.injection.state_dict()
         for name in sorted(set(mine) ^ set(tensors)):
             raise InputError(f"{file}: tensor {name} is {'missing' if name in mine else 'unexpected'}; restore the file that was saved.")
         for name, tensor in tensors.items():
-            if tensor.shape != mine[name].shape or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            if tensor.shape != mine[name].shape or tensor.dtype not in (torch.float32, torch.bfloat16) or not bool(tensor.isfinite().all()):
                 raise InputError(f"{file}: expected {name} to be finite, of shape {tuple(mine[name].shape)}, got {tensor.dtype} "
                                  f"{tuple(tensor.shape)}; restore the file that was saved.")
         self.injection.load_state_dict(tensors)
