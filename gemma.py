@@ -36,6 +36,9 @@ PAD, EOS, BOS, UNK, START_OF_TURN, END_OF_TURN = 0, 1, 2, 3, 105, 106
 class InputError(ValueError):
     """Something the user gave us is wrong; the message is one sentence: what was expected, what came, what to do."""
 
+    def __init__(self, message):
+        super().__init__(message if len(message) <= 800 else f"{message[:500]} … {message[-250:]}")    # what came may be megabytes
+
 
 @contextmanager
 def replacing(path):
@@ -198,10 +201,11 @@ class Tokenizer:
         try:
             self.pieces = sentencepiece.SentencePieceProcessor()
             self.pieces.LoadFromSerializedProto(blob)
+            self.vocab_size = self.pieces.get_piece_size()
+            spelling = self.pieces.id_to_piece(list(range(self.vocab_size)))
         except Exception as error:  # sentencepiece raises RuntimeError and others, depending on the damage
             raise InputError(f"{path}: expected a sentencepiece model ({str(error)[:80]}); restore the original.") from None
-        self.vocab_size = self.pieces.get_piece_size()
-        spelling = self.pieces.id_to_piece(list(range(self.vocab_size)))
+        self.longest = max(map(len, spelling), default=0)                      # characters that one token stands for at most
         # Of the pieces, not of the file: extras/weights_270m.py writes other bytes than Google for the same tokenizer.
         self.path = str(path)
         self.hash = hashlib.sha256("\n".join(spelling).encode()).hexdigest()[:16]

@@ -17,6 +17,7 @@ token · C head width. Where words are compared: W words of a question · U epis
 """
 
 import hashlib
+import os
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -577,15 +578,17 @@ class GemmaWithMemory(nn.Module):
         Raises InputError, with nothing stored, for an empty text, one that is no str, or one longer than the context.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        encoded = []
-        for t in texts:
-            ids = self.tokenizer.encode(t)
+        encoded, most = [], self.gemma.config.max_position_embeddings
+        for t in tqdm(texts, desc="reading", unit="fact", disable=not progress, file=sys.stderr, leave=False, delay=2):
+            far_too_long = isinstance(t, str) and len(t) > most * self.tokenizer.longest       # megabytes: not worth encoding
+            ids = [] if far_too_long else self.tokenizer.encode(t)
             if not t.strip():
                 raise InputError("expected a fact, got an empty text; leave it out.")
-            if len(ids) > self.gemma.config.max_position_embeddings:
-                raise InputError(f"expected a fact of at most {self.gemma.config.max_position_embeddings} tokens, got {len(ids)} "
+            if far_too_long or len(ids) > most:
+                raise InputError(f"expected a fact of at most {most} tokens, got {f'{len(t)} characters' if far_too_long else len(ids)} "
                                  f"({t[:40]!r}…); split it into sentences.")
             encoded.append(ids)
+        self.check_room(sum(map(len, encoded)), len(encoded))
         # Sentences of like length together: less padding. Long ones in smaller batches: bounded memory.
         order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
         states = [None] * len(texts)
@@ -603,6 +606,21 @@ class GemmaWithMemory(nn.Module):
         nodes = torch.stack([self.node_features(i, s) for i, s in zip(ids, states)])
         new = self.memory_graph.add(texts, ids, states, nodes, self.injection)
         return new[0] if isinstance(text, str) else new
+
+    def check_room(self, tokens, episodes):
+        """Raise InputError where so many more can't be kept: a sentence now is better than a machine that stands still later."""
+        if self.gemma.device.type == "cuda":
+            room = torch.cuda.mem_get_info(self.gemma.device)[0]
+        elif hasattr(os, "sysconf"):
+            room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        else:
+            return
+        config, D = self.config, self.gemma.config.hidden_size
+        # states, keys and ids of each token and a node for each episode, twice while the new are joined to the old
+        needed = 2 * (tokens * (D * self.gemma.dtype.itemsize + 8 * config.heads * config.token_key_dim + 8) + episodes * 4 * node_width(config, D))
+        if needed > room:
+            raise InputError(f"expected facts that fit into memory, got {episodes:,} that need {needed / 2 ** 30:,.1f} GB of "
+                             f"{room / 2 ** 30:,.1f}; remember fewer at a time, in several memories.")
 
     def forget(self, episode_id):
         """Remove one episode. Raises InputError for an unknown id."""
