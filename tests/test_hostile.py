@@ -110,13 +110,13 @@ def test_endless_files_are_refused(name, monkeypatch, capsys):
     assert end.value.code == 2 and "1 MB" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", ["a" * 10 ** 7, "\u2581" * 10 ** 7, "<end_of_turn>" * 10 ** 6])
-def test_a_line_of_ten_megabytes_is_refused_at_once(model, line):
+@pytest.mark.parametrize("part", ["a", "\u2581", "<end_of_turn>"])
+def test_a_line_of_ten_megabytes_is_refused_at_once(model, part):
     """Catches half a minute of encoding before the sentence."""
     model.clear_memory()
     started = time.time()
     with pytest.raises(InputError, match="characters"):
-        model.add_to_memory(["Maria lives in Lisbon.", line])
+        model.add_to_memory(["Maria lives in Lisbon.", part * (10 ** 7 // len(part))])
     assert time.time() - started < 2 and not len(model.memory_graph)
 
 
@@ -239,20 +239,15 @@ def test_two_memories_on_one_base_know_nothing_of_each_other(folder):
     """Catches facts, caches or readings kept at the base: answers that grow in turns must be those that grow alone."""
     base = GemmaWithMemory.from_pretrained(folder)
     one, two = (GemmaWithMemory(base.gemma, base.tokenizer, base.config, folder) for _ in range(2))
-    for m in (one, two):
-        m.load_memory(folder)
-        m.config.null_threshold = 1.0
-    one.add_to_memory(FACTS), two.add_to_memory([f.replace("Lisbon", "Rome").replace("4821", "77") for f in FACTS][::-1])
-    question = ["Where does Maria live?"]
-    alone = [m.answer(question, max_new_tokens=8)[0] for m in (one, two)]
-    assert alone[0] != alone[1]
-    said = ["", ""]
-    for pair in zip(one.answer_stream(question, max_new_tokens=8), two.answer_stream(question, max_new_tokens=8)):
-        said = [old + new for old, (new,) in zip(said, pair)]
-    shortest = min(map(len, said))
-    assert shortest and all(a.startswith(s) for a, s in zip(alone, said))
+    one.load_memory(folder), two.load_memory(folder)
+    one.add_to_memory(FACTS), two.add_to_memory([f.replace("Lisbon", "Rome").replace("4821", "77") for f in FACTS[:3]])
+    ids, mask = one.batch(["Where does Maria live?"])
+    grow = lambda m: m.stream(ids, attention_mask=mask, max_new_tokens=8, temperature=1.0, seed=3, stop=())
+    assert not torch.equal(one(ids), two(ids))
+    alone = [[int(t) for t in grow(m)] for m in (one, two)]
+    assert [[int(t) for t in side] for side in zip(*zip(grow(one), grow(two)))] == alone
     two.clear_memory()
-    assert one.answer(question, max_new_tokens=8) == [alone[0]] and two.recall(question[0]) == ([], 1.0)
+    assert [int(t) for t in grow(one)] == alone[0] and two.recall("Where does Maria live?") == ([], 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- fuzzing
@@ -304,7 +299,7 @@ def test_kills_notices_another_end(tmp_path, monkeypatch):
 @pytest.fixture
 def command(tmp_path):
     base = toy_base(tmp_path / "base")
-    return [sys.executable, str(ROOT / "train.py"), "--model", str(base), "--device", "cpu", "--batch", "8", "--facts", "8", "--bundles", "60", "--inject-after", "2",
+    return [sys.executable, str(ROOT / "train.py"), "--model", str(base), "--device", "cpu", "--batch", "128", "--facts", "8", "--bundles", "60", "--inject-after", "2",
             "--key-dim", "8", "--token-key-dim", "8", "--tokens", "80", "--out", str(tmp_path / "out")]
 
 
@@ -368,10 +363,10 @@ def test_the_count_of_broken_steps_is_resumed(tmp_path):
     assert train.load_checkpoint(folder, model, optimizer) == dict(step=7, best=None, seconds=2.5, broken=4, skipped=6)
 
 
-@pytest.mark.parametrize("blob", [b"\xff", b"[]\n", b"{}\n", b"{", b"[" * 10 ** 5])
-def test_a_damaged_log_is_named(command, tmp_path, blob):
+def test_a_damaged_log_is_named(command, tmp_path):
     """Catches a traceback at --resume, which does not need the log."""
     subprocess.run([*command, "--steps", "1"], capture_output=True, env=ENVIRONMENT, cwd=tmp_path, timeout=120, check=True)
-    (tmp_path / "out" / "log.jsonl").write_bytes(blob)
-    done = subprocess.run([*command, "--steps", "2", "--resume"], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=120)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "log.jsonl" in done.stderr
+    for blob in (b"\xff", b"{}\n"):
+        (tmp_path / "out" / "log.jsonl").write_bytes(blob)
+        done = subprocess.run([*command, "--steps", "2", "--resume"], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=120)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and "log.jsonl" in done.stderr
