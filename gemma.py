@@ -36,15 +36,26 @@ PAD, EOS, BOS, UNK, START_OF_TURN, END_OF_TURN = 0, 1, 2, 3, 105, 106
 class InputError(ValueError):
     """Something the user gave us is wrong; the message is one sentence: what was expected, what came, what to do."""
 
+    def __init__(self, message):
+        super().__init__(message if len(message) <= 800 else f"{message[:500]} … {message[-250:]}")    # what came may be megabytes
+
 
 @contextmanager
 def replacing(path):
-    """Yield a temporary name beside `path`; on success it takes the place of `path`, on failure nothing is left behind."""
+    """Yield a temporary name beside `path`; on success it takes the place of `path`, on failure nothing is left behind.
+
+    Raises InputError where the file can't be written (a full disk, say): `path` is then what it was before.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())      # on the disk before it takes the name: a machine that dies leaves the old file or the new
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: expected to write this file, but {error}; make room there or name another place, what the "
+                         "file held before is still in it.") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -56,10 +67,10 @@ def write_json(path, value):
 
 def read_json(path):
     """The JSON object in the file at `path`. Raises InputError if it is missing, unreadable or no object."""
+    if not os.path.isfile(path):         # a pipe would be waited for without end
+        raise InputError(f"{path}: expected this file, but it does not exist; give a folder that holds it.")
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: expected this file, but it does not exist; give a folder that holds it.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected a readable JSON file ({error}); restore the original.") from None
     if not isinstance(value, dict):
@@ -190,10 +201,11 @@ class Tokenizer:
         try:
             self.pieces = sentencepiece.SentencePieceProcessor()
             self.pieces.LoadFromSerializedProto(blob)
+            self.vocab_size = self.pieces.get_piece_size()
+            spelling = self.pieces.id_to_piece(list(range(self.vocab_size)))
         except Exception as error:  # sentencepiece raises RuntimeError and others, depending on the damage
             raise InputError(f"{path}: expected a sentencepiece model ({str(error)[:80]}); restore the original.") from None
-        self.vocab_size = self.pieces.get_piece_size()
-        spelling = self.pieces.id_to_piece(list(range(self.vocab_size)))
+        self.longest = max(map(len, spelling), default=0)                      # characters that one token stands for at most
         # Of the pieces, not of the file: extras/weights_270m.py writes other bytes than Google for the same tokenizer.
         self.path = str(path)
         self.hash = hashlib.sha256("\n".join(spelling).encode()).hexdigest()[:16]
@@ -224,7 +236,8 @@ class Tokenizer:
                 ids += self.pieces.encode(part[start:match.start() + 1])
                 start = match.start() + 1
             ids += self.pieces.encode(part[start:])
-        assert not any(i in self.control_ids and i != UNK for i in ids[bool(bos):]), "text became a control token"
+        if any(i in self.control_ids and i != UNK for i in ids[bool(bos):]):     # a tokenizer that rewrites text could do it
+            raise InputError(f"expected text, but {self.path} makes a control token of it; restore the original tokenizer.model.")
         return ids
 
     def decode(self, ids):
@@ -654,7 +667,10 @@ def load_weights(model, folder, dtype, device):
                     raise InputError(f"{file}: expected {full_name} as floating point, got {tensor.dtype}; "
                                      "quantised checkpoints are not supported.")
                 parent, _, leaf = name.rpartition(".")
-                model.get_submodule(parent)._parameters[leaf] = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
+                parameter = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
+                if not torch.stack(parameter.aminmax()).isfinite().all():
+                    raise InputError(f"{file}: expected finite numbers in {full_name}, got NaN or infinity; download it again.")
+                model.get_submodule(parent)._parameters[leaf] = parameter
                 del tensor
                 loaded.add(name)
         except (SafetensorError, OSError, ValueError) as error:

@@ -11,13 +11,13 @@ import than all the checks, so it is imported after them.
 import argparse
 import os
 import sys
-from pathlib import Path
 
 HELP = """\
 /add FACT     remember a fact        /facts    list what is remembered, with ids
 /forget ID    forget one             /why      what the last answer drew on
 /clear        forget everything      /help     this
 Everything else is a question. End with Ctrl-D."""
+MOST_BYTES = 1 << 28                     # of a facts file: an endless one, such as /dev/zero, is refused too
 
 
 # ------------------------------------------------------------------------------------------- what the user gave us
@@ -78,10 +78,21 @@ def parse_arguments(arguments):
     return args
 
 
+def open_at_once(path, flags):
+    """An opener for open(): a pipe that nobody writes to is empty, where it would else be waited for without end."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
 def read_facts(path):
     """The lines of a UTF-8 file, as they are, without the blank ones."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        with open(path, "rb", opener=open_at_once if hasattr(os, "O_NONBLOCK") else None) as file:
+            blob = file.read(MOST_BYTES + 1)
+        if len(blob) > MOST_BYTES:
+            fail(f"expected at most {MOST_BYTES >> 20} MB of facts, got more in {path}; split the file.")
+        text = blob.decode("utf-8-sig")
     except OSError as error:
         fail(f"expected a facts file, but {path} can't be read ({error.strerror}); give a text file with one fact a line.")
     except UnicodeDecodeError as error:

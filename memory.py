@@ -16,6 +16,8 @@ N episodes · k candidates, of which some are read · M tokens of an episode · 
 token · C head width. Where words are compared: W words of a question · U episodes that questions on one memory look at.
 """
 
+import hashlib
+import os
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -75,12 +77,16 @@ class MemoryConfig:
             if name not in known or not (type(value) is known[name] or (known[name] is float and type(value) is int)):
                 raise InputError(f"{source}: unexpected memory setting {name} = {value!r}; restore the file that was saved.")
         config = cls(**raw)
+        most = dict(heads=64, sentence_layers=64, hops=8)                  # a file could ask for more than any machine has
         for name in ("inject_after", "heads", "key_dim", "token_key_dim", "gat_dim", "sentence_dim", "candidates", "readable", "hops"):
-            if getattr(config, name) < 1:
-                raise InputError(f"{source}: expected {name} of at least 1, got {getattr(config, name)}.")
-        if config.sentence_layers < 0 or config.sentence_dim % 4:
-            raise InputError(f"{source}: expected sentence_layers of at least 0 and sentence_dim a multiple of 4, "
-                             f"got {config.sentence_layers} and {config.sentence_dim}.")
+            if not 1 <= getattr(config, name) <= most.get(name, 4096):
+                raise InputError(f"{source}: expected {name} from 1 to {most.get(name, 4096)}, got {str(getattr(config, name))[:20]}.")
+        if not 0 <= config.sentence_layers <= most["sentence_layers"] or config.sentence_dim % 4:
+            raise InputError(f"{source}: expected sentence_layers from 0 to {most['sentence_layers']} and sentence_dim a multiple of 4, "
+                             f"got {str(config.sentence_layers)[:20]} and {config.sentence_dim}.")
+        for name in ("value_scale", "null_threshold"):
+            if not abs(getattr(config, name)) < 1e6:                       # nor is NaN
+                raise InputError(f"{source}: expected {name} to be an ordinary number, got {str(getattr(config, name))[:20]}.")
         if not 0 <= config.dropout < 1:
             raise InputError(f"{source}: expected dropout from 0 to below 1, got {config.dropout}.")
         for name, choices in (("node_features", ("both", "hidden", "embedding")), ("query", ("token", "pooled")), ("read", ("token", "episode"))):
@@ -570,11 +576,14 @@ class GemmaWithMemory(nn.Module):
 
     def token_ids(self, text):
         """The tokens of a fact, with <bos>. Raises InputError for an empty text, one that is no str, or one longer than the context."""
-        ids, most = self.tokenizer.encode(text), self.gemma.config.max_position_embeddings
+        most = self.gemma.config.max_position_embeddings
+        far_too_long = isinstance(text, str) and len(text) > most * self.tokenizer.longest         # megabytes: not worth encoding
+        ids = [] if far_too_long else self.tokenizer.encode(text)
         if not text.strip():
             raise InputError("expected a fact, got an empty text; leave it out.")
-        if len(ids) > most:
-            raise InputError(f"expected a fact of at most {most} tokens, got {len(ids)} ({text[:40]!r}…); split it into sentences.")
+        if far_too_long or len(ids) > most:
+            raise InputError(f"expected a fact of at most {most} tokens, got {f'{len(text)} characters' if far_too_long else len(ids)} "
+                             f"({text[:40]!r}…); split it into sentences.")
         return ids
 
     @torch.no_grad()
@@ -598,7 +607,9 @@ class GemmaWithMemory(nn.Module):
         Raises InputError, with nothing stored, for an empty text, one that is no str, or one longer than the context.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        encoded = [self.token_ids(t) for t in texts]
+        reading = tqdm(texts, desc="reading", unit="fact", disable=not progress, file=sys.stderr, leave=False, delay=2)
+        encoded = [self.token_ids(t) for t in reading]
+        self.check_room(sum(map(len, encoded)), len(encoded))
         with tqdm(total=len(texts), desc="remembering", unit="fact", disable=not progress, file=sys.stderr, leave=False, delay=2) as bar:
             states = self.encode(encoded, bar.update)
         ids = [torch.tensor(e[1:], device=self.gemma.device) for e in encoded]
@@ -607,6 +618,21 @@ class GemmaWithMemory(nn.Module):
         nodes = torch.stack([self.node_features(i, s) for i, s in zip(ids, states)])
         new = self.memory_graph.add(texts, ids, states, nodes, self.injection)
         return new[0] if isinstance(text, str) else new
+
+    def check_room(self, tokens, episodes):
+        """Raise InputError where so many more can't be kept: a sentence now is better than a machine that stands still later."""
+        if self.gemma.device.type == "cuda":
+            room = torch.cuda.mem_get_info(self.gemma.device)[0]
+        elif hasattr(os, "sysconf"):
+            room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        else:
+            return
+        config, D = self.config, self.gemma.config.hidden_size
+        # states, keys and ids of each token and a node for each episode, twice while the new are joined to the old
+        needed = 2 * (tokens * (D * self.gemma.dtype.itemsize + 8 * config.heads * config.token_key_dim + 8) + episodes * 4 * node_width(config, D))
+        if needed > room:
+            raise InputError(f"expected facts that fit into memory, got {episodes:,} that need {needed / 2 ** 30:,.1f} GB of "
+                             f"{room / 2 ** 30:,.1f}; remember fewer at a time, in several memories.")
 
     def forget(self, episode_id):
         """Remove one episode. Raises InputError for an unknown id."""
@@ -728,13 +754,15 @@ class GemmaWithMemory(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "memory.safetensors") as temporary:
+        new = folder / "memory.safetensors.new"
+        with replacing(new) as temporary:
             save_file({name: t.detach().to("cpu", torch.bfloat16 if t.ndim > 1 else torch.float32).contiguous()
                        for name, t in self.injection.state_dict().items()}, temporary)
         write_json(folder / "memory.json", dict(
-            variant="graph", memory=asdict(self.config), trained=self.trained,
+            variant="graph", memory=asdict(self.config), trained=self.trained, sha256=hashlib.sha256(new.read_bytes()).hexdigest(),
             base=dict(name=str(self.base_name), config=self.gemma.config.fingerprint(), tokenizer=self.tokenizer.hash,
                       weights=self.gemma.fingerprint())))
+        new.replace(folder / "memory.safetensors")
 
     @classmethod
     def from_pretrained(cls, name=None, base=None, memory=None, dtype=None, device="cpu", config=None):
@@ -769,20 +797,29 @@ class GemmaWithMemory(nn.Module):
             print(f"note: the memory in {folder} was trained on other weights of the same shape; recall may suffer.", file=sys.stderr)
         model = cls(gemma, tokenizer, MemoryConfig.from_dict(saved["memory"], f"{folder}/memory.json"), base)
         model.trained = saved.get("trained", {})
-        model.load_memory(Path(folder) / "memory.safetensors")
+        model.load_memory(folder)
         return model.eval()
 
-    def load_memory(self, file):
-        """Load the memory's weights, strictly. Raises InputError naming the tensor that is missing, unexpected or misshapen."""
+    def load_memory(self, folder):
+        """Load the weights that save_pretrained wrote, strictly. Raises InputError where they are not those that memory.json
+        names by their hash, or naming the tensor that is missing, unexpected or misshapen."""
+        digest, file = read_json(Path(folder) / "memory.json").get("sha256"), Path(folder) / "memory.safetensors"
         try:
-            tensors = load_file(file)
+            new = file.with_name(file.name + ".new")                       # there if a save ended between its two files
+            blobs = [f.read_bytes() for f in (file, new) if f.is_file()]
+            if digest is not None:                                         # saved before memories had one: nothing to compare
+                blobs = [blob for blob in blobs if hashlib.sha256(blob).hexdigest() == digest]
+            if not blobs:
+                raise InputError(f"{file}: expected the weights that memory.json was saved with, but they are missing or damaged; "
+                                 "restore both files as they were saved.")
+            tensors = load(blobs[0])
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: expected a whole safetensors file ({str(error)[:100]}); restore the one that was saved.") from None
         mine = self.injection.state_dict()
         for name in sorted(set(mine) ^ set(tensors)):
             raise InputError(f"{file}: tensor {name} is {'missing' if name in mine else 'unexpected'}; restore the file that was saved.")
         for name, tensor in tensors.items():
-            if tensor.shape != mine[name].shape or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            if tensor.shape != mine[name].shape or tensor.dtype not in (torch.float32, torch.bfloat16) or not bool(tensor.isfinite().all()):
                 raise InputError(f"{file}: expected {name} to be finite, of shape {tuple(mine[name].shape)}, got {tensor.dtype} "
                                  f"{tuple(tensor.shape)}; restore the file that was saved.")
         self.injection.load_state_dict(tensors)

@@ -16,12 +16,14 @@ F sentences and Q questions of a bundle at most.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 import zlib
@@ -92,8 +94,8 @@ class TrainConfig:
         out = Path(self.out)
         if out.exists() and not out.is_dir():
             raise InputError(f"expected a folder as --out, got the file {out}; name another.")
-        if self.init and not (Path(self.init) / "memory.safetensors").is_file():
-            raise InputError(f"expected a folder that save_pretrained wrote as --init, got {self.init!r}, which holds no memory.safetensors.")
+        if self.init and not (Path(self.init) / "memory.json").is_file():
+            raise InputError(f"expected a folder that save_pretrained wrote as --init, got {self.init!r}, which holds no memory.json.")
         if self.resume and not (out / "checkpoint.safetensors").is_file():
             raise InputError(f"{out}: expected a checkpoint to resume from, but there is none; train without --resume first.")
 
@@ -462,23 +464,34 @@ def groups(R, N):
     return G
 
 
-def save_checkpoint(folder, model, optimizer, step, best, seconds):
-    """Everything that --resume needs, in one file that is replaced whole."""
+def save_checkpoint(folder, model, optimizer, progress):
+    """Everything that --resume needs, in one file that is replaced whole. progress: a dict for JSON."""
     tensors = {f"model.{n}": t.detach().cpu().contiguous().clone() for n, t in model.injection.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{i}.{n}": t.detach().cpu().contiguous().clone() for n, t in state.items()})
+    progress = json.dumps(progress)
     with replacing(folder / "checkpoint.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"step": str(step), "best": json.dumps(best), "seconds": str(seconds)})
+        save_file(tensors, temporary, metadata={"progress": progress, "sha256": fingerprint(tensors, progress)})
+
+
+def fingerprint(tensors, progress):
+    """A hash of all that a checkpoint holds."""
+    digest = hashlib.sha256(progress.encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + t.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_checkpoint(folder, model, optimizer):
+    """Put a checkpoint's weights and moments in their places. Returns what was saved as its progress."""
     file = folder / "checkpoint.safetensors"
     try:
         with safe_open(file, framework="pt") as tensors:
             every = {name: tensors.get_tensor(name) for name in tensors.keys()}
             meta = tensors.metadata()
+        if fingerprint(every, meta["progress"]) != meta["sha256"]:
+            raise ValueError("it is not what was saved")
         model.injection.load_state_dict({n[6:]: t for n, t in every.items() if n.startswith("model.")})
-        step, best, seconds = int(meta["step"]), json.loads(meta["best"]), float(meta["seconds"])
     except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: expected a checkpoint of a memory with these settings ({str(error)[:120]!r}); "
                          "resume with the settings it was made with, or train anew.") from None
@@ -488,7 +501,7 @@ def load_checkpoint(folder, model, optimizer):
             _, i, key = name.split(".")
             state["state"].setdefault(int(i), {})[key] = tensor
     optimizer.load_state_dict(state)
-    return step, best, seconds
+    return json.loads(meta["progress"])
 
 
 def add_up(parameters):
@@ -523,9 +536,11 @@ def train(settings, memory_config=None, model=None, pools=None):
         model = GemmaWithMemory(model.gemma, model.tokenizer, memory_config, model.base_name)
     folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*.tmp") if first else ():                    # half a file that a killed run was writing
+        left.unlink()
     started = time.time()
     if pools is None:
-        with multiprocessing.get_context("spawn").Pool(settings.workers) if settings.workers else nullcontext() as workers:
+        with multiprocessing.get_context("spawn").Pool(settings.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) if settings.workers else nullcontext() as workers:
             draw = workers.imap if workers else map
             pools = (Pool(model, "train", settings.bundles, settings.tokens, settings.seed, settings.open_words,
                           texts=min(4096, settings.bundles // 8), draw=draw, progress=first),
@@ -533,20 +548,26 @@ def train(settings, memory_config=None, model=None, pools=None):
     pool, held_out = pools
     pool.set_statistics(model)
     if settings.init:
-        model.load_memory(Path(settings.init) / "memory.safetensors")
+        model.load_memory(settings.init)
     parameters = model.trainable_parameters()
     optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1]},
                                    {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}],
                                   lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay,
                                   fused=device.type == "cuda")
-    start, best, spent = load_checkpoint(folder, model, optimizer) if settings.resume else (0, None, 0.0)
+    progress = load_checkpoint(folder, model, optimizer) if settings.resume else dict(step=0, best=None, seconds=0.0, broken=0, skipped=0)
+    if first and not settings.resume:   # a run that is killed before its first evaluation can be resumed too
+        save_checkpoint(folder, model, optimizer, progress)
+    start, best, spent, broken, skipped = (progress[name] for name in ("step", "best", "seconds", "broken", "skipped"))
     if settings.compile:
         for layer in model.gemma.layers[model.config.inject_after:]:
             layer.compile()
     ready = time.time()
-    broken, seen, last, lines, log = 0, 0, {}, [], folder / "log.jsonl"
+    seen, last, lines, log = 0, {}, [], folder / "log.jsonl"
     if settings.resume and log.is_file():
-        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= start]
+        try:
+            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= start]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            raise InputError(f"{log}: expected a JSON object with a step on each line; move this file away, the checkpoint is good without it.") from None
     step, bar = start - 1, tqdm(range(start, settings.steps), desc="training", unit="step", initial=start, total=settings.steps, disable=not first)
     for step in bar:
         elapsed = spent + time.time() - ready
@@ -577,7 +598,9 @@ def train(settings, memory_config=None, model=None, pools=None):
         if broken == 5:
             raise InputError(f"step {step + 1}: the gradient was not finite 5 times in a row; what {folder} holds "
                              "from before is good: train with a lower --lr.")
-        if not broken:
+        if broken:
+            skipped += 1
+        else:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen += settings.batch * settings.accumulate
@@ -600,12 +623,13 @@ def train(settings, memory_config=None, model=None, pools=None):
                                          init=Path(settings.init).name,
                                          step=step + 1, held_out=last)
                     model.save_pretrained(folder)
+            values["skipped"] = skipped
             values["pool_seconds"] = round(ready - started, 1)
             lines.append(json.dumps(values))
             with replacing(log) as temporary:
                 temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
             if measure:
-                save_checkpoint(folder, model, optimizer, step + 1, best, elapsed)
+                save_checkpoint(folder, model, optimizer, dict(step=step + 1, best=best, seconds=elapsed, broken=broken, skipped=skipped))
             shown = {f"recall@{n}": f"{r['recall']:.0%}" for n, r in last.items() if r["recall"] is not None}
             bar.set_postfix(N=N, loss=f"{loss.item():.3f}", **shown)
         if last_step:
@@ -615,7 +639,7 @@ def train(settings, memory_config=None, model=None, pools=None):
     if together > 1:
         distributed.destroy_process_group()
     if first:
-        print(f"trained {step + 1} steps, {seen:,} examples in {time.time() - ready:.0f} s (and {ready - started:.0f} s "
+        print(f"trained {step + 1} steps{f' ({skipped} of them skipped: their gradients were not finite)' if skipped else ''}, {seen:,} examples in {time.time() - ready:.0f} s (and {ready - started:.0f} s "
               f"for the pool) on {together} x {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}; saved in {folder}", file=sys.stderr)
     return model, last
 
@@ -641,7 +665,11 @@ def main(arguments=None):
     settings.check()
     values["chat"] = values["chat"] or settings.model.rstrip("/").endswith("-it")         # instruction-tuned bases are asked in turns
     config = MemoryConfig.from_dict({f.name: values[f.name] for f in fields(MemoryConfig)}, "command line")
-    _, result = train(settings, config)
+    try:
+        _, result = train(settings, config)
+    except KeyboardInterrupt:
+        saved = (Path(settings.out) / "checkpoint.safetensors").is_file()
+        sys.exit(print(f"\nstopped; {f'--resume goes on from the checkpoint in {settings.out}' if saved else 'nothing was saved yet'}.", file=sys.stderr) or 130)
     share = lambda value: "none asked" if value is None else f"{value:.1%}"
     for N, r in result.items():
         print(f"{N:4d} facts: exact match {share(r['recall'])} (the base alone {share(r['base_alone'])}), right episode first "
@@ -651,5 +679,5 @@ def main(arguments=None):
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
