@@ -11,7 +11,7 @@ import xml.etree.ElementTree as tree
 
 import pytest
 from conftest import ROOT
-from toy import one_thread  # noqa: F401
+from toy import interruptible, one_thread  # noqa: F401
 
 from exercises.__main__ import Work
 from exercises.checking import BEGIN, CUT, END, check, exercises, hints, load, mistaken, run, stub
@@ -134,7 +134,7 @@ def test_watch_checks_what_is_saved(tmp_path):
     """Catches a watch that misses a save, or that Ctrl-C ends with a traceback."""
     work = Work(tmp_path)
     process = subprocess.Popen([sys.executable, "-m", "exercises", "watch", "--work", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+                               stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)
     try:
         assert "watching" in process.stdout.readline()
         Work.write(work.path(MASK), MASK.text)

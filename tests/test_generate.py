@@ -17,7 +17,7 @@ import torch
 import generate
 from gemma import END_OF_TURN, EOS
 from memory import DONT_KNOW, GemmaWithMemory
-from toy import FACTS, one_thread, toy_base, toy_model  # noqa: F401 (one_thread is a fixture)
+from toy import FACTS, interruptible, one_thread, toy_base, toy_model  # noqa: F401 (one_thread is a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "Who has a bike?"
@@ -279,7 +279,7 @@ def test_by_hand(folder, facts):
 def test_ctrl_c_is_quiet(folder, facts):
     """Catches a traceback on Ctrl-C."""
     process = subprocess.Popen(command(folder, "--memory", facts), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env=ENVIRONMENT)
+                               text=True, env=ENVIRONMENT, preexec_fn=interruptible)
     process.stdin.write(f"{QUESTION}\n")
     process.stdin.flush()
     assert process.stdout.readline() == expected(folder) + "\n"            # answered while the input is still open

@@ -23,7 +23,7 @@ import train
 from bench import fuzz, kills
 from gemma import BOS, START_OF_TURN, END_OF_TURN, Gemma, InputError, read_json, replacing
 from memory import GemmaWithMemory
-from toy import FACTS, one_thread, toy_base, toy_model  # noqa: F401 (one_thread is a fixture)
+from toy import FACTS, interruptible, one_thread, toy_base, toy_model  # noqa: F401 (one_thread is a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -305,13 +305,17 @@ def command(tmp_path):
 
 def test_ctrl_c_says_how_to_go_on(command, tmp_path):
     """Catches a traceback, and a checkpoint that is gone: the run goes on from it."""
-    run = subprocess.Popen([*command, "--steps", "100000", "--eval-every", "100000"], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=tmp_path)
-    while not (tmp_path / "out" / "log.jsonl").is_file():
-        assert run.poll() is None, run.stderr.read()
-        time.sleep(0.05)
-    (tmp_path / "out" / ".half.1.tmp").write_text("left by a kill")
-    run.send_signal(signal.SIGINT)
-    said = run.communicate(timeout=60)[1]
+    run = subprocess.Popen([*command, "--steps", "100000", "--eval-every", "100000"], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=tmp_path,
+                           preexec_fn=interruptible)
+    try:
+        while not (tmp_path / "out" / "log.jsonl").is_file():
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.05)
+        (tmp_path / "out" / ".half.1.tmp").write_text("left by a kill")
+        run.send_signal(signal.SIGINT)
+        said = run.communicate(timeout=60)[1]
+    finally:
+        run.kill()
     assert run.returncode == 130 and "Traceback" not in said and "--resume goes on" in said.splitlines()[-1]
     done = subprocess.run([*command, "--steps", "2", "--resume"], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=120)
     assert done.returncode == 0 and "trained 2 steps" in done.stderr

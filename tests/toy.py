@@ -1,5 +1,6 @@
 """A toy Gemma with random weights and its own little tokenizer: everything that a real one has, in a fraction of a second."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,11 @@ def toy_model(folder, seed=0, **memory_options):
     model.injection.gnn.mean.normal_(std=0.1)
     model.save_pretrained(folder)
     return folder
+
+
+def interruptible():
+    """For preexec_fn of a process that is to hear Ctrl-C: what a shell starts in the background ignores it, and its children with it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module", autouse=True)
