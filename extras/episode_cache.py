@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from extras.weights_270m import default_cache
-from gemma import replacing
+from gemma import InputError, replacing
 from memory import TokenStore, node_width
 
 FORMAT = 1                           # to be counted up whenever the same weights would give other keys than before
@@ -199,7 +199,7 @@ def save(path, key, graph):
             file.write(len(blob).to_bytes(8, "little") + blob)
             for tensor in tensors.values():
                 file.write(tensor.flatten().view(torch.uint8).numpy())
-    except OSError:
+    except (OSError, InputError):        # the second is what `replacing` makes of the first
         pass
 
 
