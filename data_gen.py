@@ -14,9 +14,9 @@ How the file goes, top to bottom:
   * `World.bundle()` tells one to five attributes of a subject in one to six sentences, and asks about them
   * `World.memory()` weaves bundles with distinct subjects into one memory; `World.example()` is a line of the JSONL
 
-Templates have holes: {a} the noun of an open attribute, {p} the subject ({P} where a sentence starts), {v} the value, {Sub} {sub} {Poss} {poss} {obj} pronouns,
-{q} a second person, {f} a whole sentence. Patterns of values have holes named after lists and other patterns, and # stands
-for a digit, ^ for a digit but 0, ? for a capital letter, * for a small one, ~ for a hexadecimal digit. A scene has wordings of
+Templates have holes: {a} the noun of an open attribute, {p} the subject ({P} where a sentence starts), {v} the value,
+{Sub} {sub} {Poss} {poss} {obj} pronouns, {q} a second person, {f} a whole sentence. Patterns of values have holes named after
+lists and other patterns, and # stands for a digit, ^ for a digit but 0, ? for a capital letter, * for a small one, ~ for a hexadecimal digit. A scene has wordings of
 its `first` sentence and perhaps of a second one (`then`) that only a pronoun links to it, `questions` and `updates` for each hole,
 and `options`: lists of values of its own. Its holes are named after these or after any list or pattern, with a digit for a second.
 """
@@ -42,7 +42,7 @@ KINDS = ("lookup", "update", "coreference", "two_hop", "list", "unanswerable")
 SPLITS = ("train", "validation", "test")
 HERE = Path(__file__).resolve().parent
 
-# How often what is drawn. With these, about half of all questions are lookups.
+# How often what is drawn. With these, most questions are lookups.
 TWO_HOP, NOISE = 0.22, 0.05                 # bundles on two related persons; bundles that answer nothing
 PERSON, FIRST_PERSON = 0.62, 0.10           # of the others, those on a person; of these, those on "I"
 TWIN = 0.28                                 # two subjects with similar names and the same attributes: hard negatives
@@ -649,10 +649,11 @@ class World:
                 later.append((chunk, sentence))
             said = set(HOLE.findall(scene.first[0])) | follows
             asked = sorted(hole for hole in scene.questions if hole in said)
-            first = changed if forced == "update" else self.pick(sorted(follows & set(asked)) or [None]) if forced == "coreference" else None
+            # Three holes at most are asked about; among them the one that makes a question of the kind asked for.
+            needed = changed if forced == "update" else self.pick(sorted(follows & set(asked)) or [None]) if forced == "coreference" else None
             while len(asked) > 3:
                 gone = self.pick(asked)
-                if gone != first:
+                if gone != needed:
                     asked.remove(gone)
             for hole in asked:
                 sentence_of, answer, sort = chunk[:1], filled[hole], "lookup"

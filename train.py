@@ -540,7 +540,9 @@ def train(settings, memory_config=None, model=None, pools=None):
         left.unlink()
     started = time.time()
     if pools is None:
-        with multiprocessing.get_context("spawn").Pool(settings.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) if settings.workers else nullcontext() as workers:
+        # Ctrl-C is this process's to hear: its workers would each print a traceback.
+        spawn = lambda: multiprocessing.get_context("spawn").Pool(settings.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        with spawn() if settings.workers else nullcontext() as workers:
             draw = workers.imap if workers else map
             pools = (Pool(model, "train", settings.bundles, settings.tokens, settings.seed, settings.open_words,
                           texts=min(4096, settings.bundles // 8), draw=draw, progress=first),
@@ -639,8 +641,10 @@ def train(settings, memory_config=None, model=None, pools=None):
     if together > 1:
         distributed.destroy_process_group()
     if first:
-        print(f"trained {step + 1} steps{f' ({skipped} of them skipped: their gradients were not finite)' if skipped else ''}, {seen:,} examples in {time.time() - ready:.0f} s (and {ready - started:.0f} s "
-              f"for the pool) on {together} x {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}; saved in {folder}", file=sys.stderr)
+        without = f" ({skipped} of them skipped: their gradients were not finite)" if skipped else ""
+        where = f"{together} x {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}"
+        print(f"trained {step + 1} steps{without}, {seen:,} examples in {time.time() - ready:.0f} s (and {ready - started:.0f} s for the pool) "
+              f"on {where}; saved in {folder}", file=sys.stderr)
     return model, last
 
 
