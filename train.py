@@ -506,6 +506,7 @@ def load_checkpoint(folder, model, optimizer):
 
 def add_up(parameters):
     """Replace gradients by their sum over all processes."""
+    parameters = [p for p in parameters if p.grad is not None]             # the same in every process: what the design leaves unused has none
     flat = torch.cat([p.grad.flatten() for p in parameters])
     distributed.all_reduce(flat)
     for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
