@@ -352,8 +352,9 @@ def watch(target, context, seed, numbers, minutes, out):
                 return outcomes, troubles
             trouble(now.value, f"more than {SECONDS} s" if hung else f"the process died ({worker.exitcode})", "")
             numbers, worker = range(now.value + 1, sys.maxsize) if len(numbers) > 1 else [], None
-    worker.kill()
-    worker.join()
+    if worker is not None:                                                 # the last case may have ended it
+        worker.kill()
+        worker.join()
     bar.close()
     return outcomes, troubles
 

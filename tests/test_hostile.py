@@ -275,6 +275,14 @@ def test_trouble_is_reported_with_its_input(planted, says, tmp_path, monkeypatch
     assert list(again["troubles"]) == [number] and again["cases"] == 1
 
 
+def test_a_watch_that_ends_with_a_death(tmp_path, monkeypatch):
+    """Catches a fuzzer that stumbles over a worker that its last case killed."""
+    make, _ = fuzz.TARGETS["tokenizer"]
+    monkeypatch.setitem(fuzz.TARGETS, "tokenizer", (make, lambda *_: os.kill(os.getpid(), signal.SIGKILL)))
+    result = fuzz.main(["--target", "tokenizer", "--minutes", "0", "--out", str(tmp_path / "out")])
+    assert list(result["troubles"]) == [0] and result["cases"] == 1
+
+
 # ----------------------------------------------------------------------------------------------------- training that dies
 
 def test_some_kills(tmp_path):
