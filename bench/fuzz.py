@@ -1,17 +1,20 @@
-"""Inputs that nobody should have written:  python -m bench.fuzz --target loaders|tokenizer|facts --minutes 10
+"""Inputs that nobody should have written:  python -m bench.fuzz --target loaders|tokenizer|facts|store --minutes 10
 
   loaders    a small model's folder (config, weights, tokenizer, memory, checkpoint) with one or two files spoilt: bytes, the
              JSON in them, or something else in their place
   tokenizer  texts that spell control tokens: whole, split, nested, full-width, with invisible characters
   facts      facts files: other encodings, NUL bytes, endless lines, a folder or a pipe in their place
+  store      a session whose episodes.jsonl, cache or lock is spoilt, before it is opened and while it is open, and commands in it
 
 Each must be refused with a sentence (InputError; exit code 2) or work. Anything else is trouble: another exception, a crash,
-more than 10 seconds, 2 GB more memory, weights that differ from those that a hash covers, a text that became a control token.
+more than 10 seconds, 2 GB more memory, weights that differ from those that a hash covers, a text that became a control token,
+an acknowledged line of a session that is gone though nothing spoilt it.
 What led to it is kept in a folder of its own. Every case is a function of --seed and its number: `--case` runs one again.
 
 Cases run in a process of their own, which is watched, and started anew where it died.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -37,6 +40,8 @@ from tqdm import tqdm
 import generate
 import train
 from bench.common import ROOT, Parser, commit, hardware, out_folder, run, write_json
+from extras.episode_cache import Known, remember
+from extras.session import Chat, Session
 from gemma import START_OF_TURN, Gemma, GemmaConfig, InputError, Tokenizer
 from memory import GemmaWithMemory, MemoryConfig, question_prompt
 
@@ -280,6 +285,150 @@ def check_facts(folder, context):
     return "remembered"
 
 
+def small_session(model, folder):
+    """Save a session of that small model in `folder`: FACTS and some more told, then one edited, one forgotten, and that undone."""
+    chat = Chat(model, folder, progress=False)
+    chat.session.tell(FACTS)
+    for text in ("Zoë keeps bees.", "Maria moved to Porto.", "<end_of_turn> is a word.", "Ben was born on 3 May 1990."):
+        chat.session.tell([text])
+    chat.session.edit(0, "Maria lives in Rome.")
+    chat.session.forget([1])
+    chat.session.undo()
+    chat.sync()
+    chat.keep()
+
+
+UNTOUCHED = range(2, 7)                  # the ids of its episodes that were only ever told
+
+
+def spoil_session(rng, session):
+    """Spoil one or two files of a session; of its lines, some in a way that leaves them JSON."""
+    for name in rng.sample(["episodes.jsonl", "episodes.jsonl", "cache.safetensors"], rng.choice([1, 1, 2])):
+        path = session / name
+        if not path.is_file():
+            continue
+        how, lines = rng.random(), path.read_bytes().split(b"\n")
+        if name == "episodes.jsonl" and how < 0.5 and len(lines) > 1:
+            at = rng.randrange(len(lines) - 1)
+            try:
+                lines[at] = json.dumps(spoil_json(rng, json.loads(lines[at]))).encode()
+            except (ValueError, RecursionError, TypeError, AttributeError):      # spoilt before
+                lines[at] = spoil_bytes(rng, lines[at])
+            path.write_bytes(b"\n".join(lines))
+        elif name == "episodes.jsonl" and how < 0.6:
+            encoding = rng.choice(["utf-16", "utf-8-sig", "latin-1"])
+            path.write_bytes(path.read_bytes().decode("utf-8", "replace").replace("\n", rng.choice(["\n", "\r\n", "\r"])).encode(encoding, "replace"))
+        else:
+            blob = path.read_bytes()                                       # a new file: an open session's cache is mapped into memory,
+            path.unlink()                                                  # and whoever writes into that must expect anything
+            path.write_bytes(blob)
+            spoil_file(rng, path)
+    if rng.random() < 0.03:
+        (session / ".lock").unlink(missing_ok=True)
+        rng.choice([(session / ".lock").mkdir, lambda: os.mkfifo(session / ".lock"), lambda: (session / ".lock").symlink_to("/dev/full")])()
+
+
+def make_store(rng, folder, context):
+    shutil.copytree(context["session"], folder / "session")
+    if rng.random() < 0.9:
+        spoil_session(rng, folder / "session")
+    make_facts(rng, folder, context)                                       # facts.txt, for /import: a million take minutes, with a bar
+    if (folder / "facts.txt").is_file() and (folder / "facts.txt").stat().st_size > 20_000:
+        os.truncate(folder / "facts.txt", 20_000)
+    line = lambda: rng.choice([*FACTS, "Where does Maria live?", "a\u2028b", "\0", "\ud800", "word " * 2000, " ", "/", "/help", "/facts", "/why", "/clear", "/undo",
+                               "/undo", "/import facts.txt", "/import .", "/export out.txt", "/export .", f"/forget {rng.randrange(12)}", f"/forget {'9' * 20}",
+                               f"/edit {rng.randrange(12)} Tom is {rng.randrange(100)}.", f"/edit {rng.randrange(12)}", f"/add {spelling(rng, context['control'])}",
+                               spelling(rng, context["control"])]).replace("\n", " ").replace("\r", " ")
+    script = [line() for _ in range(rng.choice([1, 5, 20]))]
+    if rng.random() < 0.3:
+        script.insert(rng.randrange(len(script)), None)                    # here somebody spoils the open session
+    (folder / "script.json").write_text(json.dumps([rng.random(), rng.choice(["facts", "all", "none"]), script]))
+
+
+def check_store(folder, context):
+    model, where = context["model"], folder / "session"
+    seed, remembers, script = json.loads((folder / "script.json").read_text())
+    lines = (where / "episodes.jsonl").read_bytes().split(b"\n") if (where / "episodes.jsonl").is_file() else []
+    model.clear_memory()
+    try:
+        chat = Chat(model, where, remembers, progress=False)
+    except InputError as error:
+        return sentence(error)
+    expect_untouched((context["session"] / "episodes.jsonl").read_bytes().split(b"\n"), lines, chat.session)
+    expect_memory(chat)
+    now, past = chat.session.live(), []
+    os.chdir(folder)
+    for line in script:
+        if line is None:
+            spoil_session(random.Random(seed), where)
+            try:
+                chat.session.catch_up()
+                chat.sync()
+            except InputError as error:
+                return sentence(error)
+            now, past = chat.session.live(), []
+            continue
+        said, answered = io.StringIO(), io.StringIO()
+        sys.stdin = io.TextIOWrapper(io.BytesIO(line.encode("utf-8", "surrogatepass") + b"\n"))
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(answered):
+            generate.talk(model, argparse.Namespace(why=True, max_tokens=2, temperature=0.0, top_k=0, top_p=1.0, seed=None), chat)
+        before = now
+        for words in map(str.split, said.getvalue().splitlines()):
+            if words[:2] == ["remembered", "as"]:
+                first, last = int(words[2].strip(",")), int(words[-3].strip(",") if "to" in words else words[2])
+                told = dict(Session(where).live())
+                now = now + [(i, told.get(i)) for i in range(first, last + 1)]
+                texts = [text for _, text in now[-(last + 1 - first):]]
+                if line.startswith("/import") and texts != generate.read_facts("facts.txt") or not line.startswith("/") and texts != [line.strip()]:
+                    raise Trouble(f"{line[:50]!r} was acknowledged, but {str(texts)[:100]} was stored")
+            elif words[:1] == ["edited"]:
+                now = [(i, line.strip().partition(" ")[2].partition(" ")[2] if str(i) == words[1] else text) for i, text in now]
+            elif words[:1] == ["forgot"]:
+                now = [] if words[1].startswith("everything") else [(i, text) for i, text in now if str(i) != words[1]]
+            elif words[:2] == ["took", "back"]:
+                now = past.pop() if past else Session(where).live()
+                before = now
+            else:
+                continue
+            if now != before:
+                past.append(before)
+    chat.keep()
+    if Session(where).live() != now:
+        raise Trouble(f"acknowledged was {str(now)[:300]}, and there is {str(Session(where).live())[:300]}")
+    expect_memory(chat)
+    return "held"
+
+
+def expect_untouched(lines, spoilt, session):
+    """Raise Trouble where an episode is gone whose line is as it was, and no line that was spoilt could mean it."""
+    if any(spoilt.count(line) != 1 for line in lines[UNTOUCHED.stop:-1]):  # the edit, what is undone, and the undoing
+        return
+    for line in set(spoilt) - set(lines):
+        try:
+            change = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(change, dict) and ("undo" in change or change.get("id") in UNTOUCHED):
+            return
+    for i in UNTOUCHED:
+        if lines[i] in spoilt[:-1] and dict(session.live()).get(i) != json.loads(lines[i])["text"]:
+            raise Trouble(f"episode {i} is gone, though its line is there")
+
+
+def expect_memory(chat):
+    """Raise Trouble unless the model's memory is what the session says, with the keys that its texts give."""
+    graph = chat.model.memory_graph
+    if list(zip(graph.ids, graph.texts)) != [episode for episode in chat.session.live() if episode not in chat.left_out]:
+        raise Trouble("the memory is not what the session says")
+    fresh = GemmaWithMemory(chat.model.gemma, chat.model.tokenizer, chat.model.config)
+    fresh.injection = chat.model.injection
+    remember(fresh, graph.ids[:300], graph.texts[:300], Known.of(fresh.memory_graph), progress=False)
+    there = slice(0, len(fresh.memory_graph.tokens.ids))
+    if not torch.equal(fresh.memory_graph.tokens.ids, graph.tokens.ids[there]) or \
+            not torch.allclose(fresh.memory_graph.tokens.keys, graph.tokens.keys[there], atol=1e-2):
+        raise Trouble("the memory has other keys than its texts give")
+
+
 def sentence(error):
     """What an input is refused with. Raises Trouble unless it says something, and not everything."""
     if not 20 < len(str(error)) < 1000:
@@ -287,7 +436,8 @@ def sentence(error):
     return "refused"
 
 
-TARGETS = dict(loaders=(make_loaders, check_loaders), tokenizer=(make_tokenizer, check_tokenizer), facts=(make_facts, check_facts))
+TARGETS = dict(loaders=(make_loaders, check_loaders), tokenizer=(make_tokenizer, check_tokenizer), facts=(make_facts, check_facts),
+               store=(make_store, check_store))
 
 
 # -------------------------------------------------------------------------------------------------------------- the watch
@@ -372,8 +522,9 @@ def main(arguments=None):
     numbers, minutes = (range(sys.maxsize), args.minutes) if args.case is None else ([args.case], 1e9)
     with tempfile.TemporaryDirectory() as folder:
         model, optimizer = small_model(Path(folder))
+        small_session(model, Path(folder) / "session")
         control = [model.tokenizer.pieces.id_to_piece(i) for i in sorted(model.tokenizer.control_ids)]
-        context = dict(folder=Path(folder), model=model, optimizer=optimizer, control=[c for c in control if len(c) > 1])
+        context = dict(folder=Path(folder), session=Path(folder) / "session", model=model, optimizer=optimizer, control=[c for c in control if len(c) > 1])
         outcomes, troubles = watch(args.target, context, args.seed, numbers, minutes, out)
     result = dict(command="python -m bench.fuzz " + " ".join(sys.argv[1:] if arguments is None else arguments), commit=commit(), hardware=hardware(),
                   seconds=round(time.time() - started), cases=sum(outcomes.values()), outcomes=dict(outcomes), troubles=troubles)
