@@ -34,6 +34,7 @@ from gemma import (BOS, END_OF_TURN, EOS, PAD, Gemma, Injection, InputError, Pla
 from gnn import EpisodicMemoryGNN, SentenceAttention, SimilarityEdges, time_edges
 
 DONT_KNOW = "I don't know."
+PART = 1024                          # facts that are written at a time
 HERE = Path(__file__).resolve().parent
 
 
@@ -101,7 +102,8 @@ class TokenStore:
     """Tokens of many episodes, end to end, without padding: ids (all,), keys (all, 2 * H * C): those that are read by, then
     those that are matched by; and where each episode lies.
 
-    The <bos> that every episode was encoded with is left out: its state is an outlier that would drown the others.
+    The <bos> that every episode was encoded with is left out: its state is an outlier that would drown the others. Keys are
+    most of what a memory takes. They are of length 1, so float16 keeps them to a few parts in ten thousand in half the room.
     """
 
     def __init__(self, ids, keys, lengths):
@@ -114,6 +116,16 @@ class TokenStore:
         offset = torch.arange(self.longest, device=episodes.device)
         place = (self.starts[episodes][..., None] + offset).clamp(max=len(self.ids) - 1)
         return place, offset < self.lengths[episodes][..., None]
+
+    def keys_at(self, place, side):
+        """Keys of the tokens at `place` (...), to read by (side 0) or to match by (1): (..., H * C). What is kept in half
+        precision is computed with in full."""
+        keys = self.keys.unflatten(1, (2, -1))[place, side]
+        return keys.float() if keys.dtype == torch.float16 else keys
+
+    def joined(self, others):
+        """These tokens, then those of other stores."""
+        return TokenStore(*(torch.cat([getattr(store, name) for store in (self, *others)]) for name in ("ids", "keys", "lengths")))
 
 
 @dataclass
@@ -132,8 +144,7 @@ class EpisodeGraph:
 
     Edges are not stored: those in time follow from the order, those of similarity are drawn when a question is asked. `keys`
     are worked out at the next question after a change and kept until the next change; while training, whose every step is
-    one, they are not kept. `states` (all tokens, D) stay so that keys can be worked out anew when the weights have changed;
-    they are None in a memory whose tokens came from a cache (extras/episode_cache.py), which only answers.
+    one, they are not kept. Nor are the states that token keys are made of, but while training: `states` (all tokens, D).
     """
 
     def __init__(self, config, hidden_size, device):
@@ -144,35 +155,24 @@ class EpisodeGraph:
     def clear(self, hidden_size):
         long = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=self.device)
         self.ids, self.texts = [], []
-        self.tokens = TokenStore(long(0), torch.zeros(0, 2 * self.config.heads * self.config.token_key_dim, device=self.device), long(0))
-        self.states = torch.zeros(0, hidden_size, device=self.device)                      # (all tokens, D)
+        self.tokens = TokenStore(long(0), torch.zeros(0, 2 * self.config.heads * self.config.token_key_dim, dtype=torch.float16, device=self.device), long(0))
+        self.states = None
         self.nodes = torch.zeros(0, node_width(self.config, hidden_size), device=self.device)   # (N, D or 2 D)
         self.keys = None
 
     def __len__(self):
         return len(self.ids)
 
-    def add(self, texts, token_ids, states, nodes, injection):
-        """Append episodes. token_ids: list of (M,); states: list of (M, D); nodes (n, D). Returns their ids."""
+    def add(self, texts, parts):
+        """Append episodes. parts: what GemmaWithMemory.written made of the texts. Returns their ids."""
         new_ids = list(range(self.next_id, self.next_id + len(texts)))
         self.next_id += len(texts)
         self.ids += new_ids
         self.texts += texts
-        lengths = torch.tensor([len(t) for t in token_ids], device=self.device)
-        token_ids, states = torch.cat(token_ids), torch.cat(states)
-        self.states = torch.cat((self.states.to(states.dtype), states)) if self.states is not None else None
-        self.tokens = TokenStore(torch.cat((self.tokens.ids, token_ids)),
-                                 torch.cat((self.tokens.keys, injection.token_keys(token_ids, states, lengths))),
-                                 torch.cat((self.tokens.lengths, lengths)))
-        self.nodes = torch.cat((self.nodes, nodes))
-        self.keys = None
+        self.tokens = self.tokens.joined([tokens for tokens, _ in parts])
+        self.nodes = torch.cat((self.nodes, *(nodes for _, nodes in parts)))
+        self.states = self.keys = None
         return new_ids
-
-    @torch.no_grad()
-    def refresh(self, injection):
-        """Work out again what depends on the trained weights."""
-        self.tokens.keys = injection.token_keys(self.tokens.ids, self.states, self.tokens.lengths)
-        self.keys = None
 
     def forget(self, episode_id):
         """Remove an episode; its neighbours in time become each other's. Raises InputError for an unknown id."""
@@ -182,11 +182,10 @@ class EpisodeGraph:
         keep = torch.arange(len(self.ids), device=self.device) != row
         start, length = int(self.tokens.starts[row]), int(self.tokens.lengths[row])
         cut = lambda flat: torch.cat((flat[:start], flat[start + length:]))
-        self.states = cut(self.states) if self.states is not None else None
         self.tokens = TokenStore(cut(self.tokens.ids), cut(self.tokens.keys), self.tokens.lengths[keep])
         del self.ids[row], self.texts[row]
         self.nodes = self.nodes[keep]
-        self.keys = None
+        self.states = self.keys = None
 
     def view(self, injection):
         """The MemoryView of this one memory (G = 1), with gradients while the injection layer trains."""
@@ -367,7 +366,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
                 said = said_of(chosen) if hasattr(self, "said_weight") else None                           # (R, H, r, M)
                 place, real = view.tokens.places(view.episodes[graph[:, None], chosen])
                 memo[hop] = (asked, best, ranked, chosen, keys[rows[:, None], top], valid.gather(1, top), evidence,
-                             view.tokens.ids[place], self.heads(view.tokens.keys[:, :config.heads * config.token_key_dim][place]), real, said)
+                             view.tokens.ids[place], self.heads(view.tokens.keys_at(place, 0)), real, said)
             asked, best, ranked, chosen, keys, valid, evidence, ids, token_keys, real, said = memo[hop]
             # 3. Every position weighs them, and null, for itself.
             weights = self.gnn.log_weights(self.heads(query), keys, valid, count[graph], evidence)         # (R, T, H, r + 1)
@@ -433,7 +432,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         """How like each word of R questions is to the most similar word of each episode, and each word of an episode to the
         most similar one of the question: q (R, W, H, C), episodes (G, U) -> (R, H, W, U), (R, H, U, M), at least 0."""
         place, real = tokens.places(episodes)                                                              # (G, U, M)
-        keys = self.heads(tokens.keys[:, -self.config.heads * self.config.token_key_dim:][place]) * real[..., None, None]
+        keys = self.heads(tokens.keys_at(place, 1)) * real[..., None, None]
         q = q.unflatten(0, (len(episodes), -1)).to(keys.dtype)
         cosine = torch.einsum("gswhc,gumhc->gshwum", q, keys)
         return cosine.max(-1).values.clamp(min=0).flatten(0, 1).float(), cosine.max(3).values.clamp(min=0).flatten(0, 1).float()
@@ -547,11 +546,13 @@ class GemmaWithMemory(nn.Module):
         self.stop = {EOS, END_OF_TURN, *tokenizer.encode("\n", bos=False), *newlines, tokenizer.pieces.piece_to_id("<0x0A>")}
 
     def train(self, mode=True):
+        was_training = self.training
         super().train(mode)
         self.gemma.eval()                                                  # the base stays in eval, whatever its parent does
-        if self.memory_graph.states is None:
-            self.memory_graph.states = torch.cat(self.encode([self.token_ids(text) for text in self.memory_graph.texts]))
-        self.memory_graph.refresh(self.injection)                      # training changed what the keys are made with
+        graph = self.memory_graph
+        if was_training and not mode and len(graph):                       # training changed what the keys are made with
+            tokens, nodes = zip(*self.written([self.token_ids(text) for text in graph.texts]))
+            graph.tokens, graph.nodes, graph.states, graph.keys = tokens[0].joined(tokens[1:]), torch.cat(nodes), None, None
         return self
 
     def trainable_parameters(self):
@@ -601,6 +602,21 @@ class GemmaWithMemory(nn.Module):
         return states
 
     @torch.no_grad()
+    def written(self, facts, done=lambda count: None):
+        """Token ids of facts (lists, each with <bos>) -> what the memory keeps of them, part by part: a TokenStore, nodes (n, D).
+
+        Their states, far larger, are let go after each part: room for a hundred thousand facts is room for their keys.
+        """
+        while facts:
+            size = max(1, min(PART, 2 ** 24 // max(map(len, facts[:PART])) ** 2))      # of long ones fewer: all pairs of tokens attend
+            part, facts = facts[:size], facts[size:]
+            states = self.encode(part, done)
+            ids = [torch.tensor(row[1:], device=self.gemma.device) for row in part]
+            lengths = torch.tensor([len(row) for row in ids], device=self.gemma.device)
+            keys = self.injection.token_keys(torch.cat(ids), torch.cat(states), lengths)
+            yield TokenStore(torch.cat(ids), keys.half(), lengths), torch.stack([self.node_features(*pair) for pair in zip(ids, states)])
+
+    @torch.no_grad()
     def add_to_memory(self, text, progress=False):
         """Remember a text, or a list of texts, each as one episode. Returns its id, or the list of ids in order.
 
@@ -611,12 +627,7 @@ class GemmaWithMemory(nn.Module):
         encoded = [self.token_ids(t) for t in reading]
         self.check_room(sum(map(len, encoded)), len(encoded))
         with tqdm(total=len(texts), desc="remembering", unit="fact", disable=not progress, file=sys.stderr, leave=False, delay=2) as bar:
-            states = self.encode(encoded, bar.update)
-        ids = [torch.tensor(e[1:], device=self.gemma.device) for e in encoded]
-        if not texts:
-            return []
-        nodes = torch.stack([self.node_features(i, s) for i, s in zip(ids, states)])
-        new = self.memory_graph.add(texts, ids, states, nodes, self.injection)
+            new = self.memory_graph.add(texts, list(self.written(encoded, bar.update)))
         return new[0] if isinstance(text, str) else new
 
     def check_room(self, tokens, episodes):
@@ -627,9 +638,9 @@ class GemmaWithMemory(nn.Module):
             room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         else:
             return
-        config, D = self.config, self.gemma.config.hidden_size
-        # states, keys and ids of each token and a node for each episode, twice while the new are joined to the old
-        needed = 2 * (tokens * (D * self.gemma.dtype.itemsize + 8 * config.heads * config.token_key_dim + 8) + episodes * 4 * node_width(config, D))
+        # keys and ids of each token and a node for each episode, twice while the new are joined to the old
+        node = node_width(self.config, self.gemma.config.hidden_size)
+        needed = 2 * (tokens * (4 * self.config.heads * self.config.token_key_dim + 8) + episodes * 4 * node)
         if needed > room:
             raise InputError(f"expected facts that fit into memory, got {episodes:,} that need {needed / 2 ** 30:,.1f} GB of "
                              f"{room / 2 ** 30:,.1f}; remember fewer at a time, in several memories.")
@@ -645,9 +656,11 @@ class GemmaWithMemory(nn.Module):
 
     def _open(self):
         """Point the injection layer at this model's own memory, as it is now."""
-        self.injection.reading = None
+        self.injection.reading, graph = None, self.memory_graph
+        if self.training and graph.states is None and len(graph):
+            graph.states = torch.cat(self.encode([self.token_ids(text) for text in graph.texts]))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
-            self.injection.view = self.memory_graph.view(self.injection) if len(self.memory_graph) else None
+            self.injection.view = graph.view(self.injection) if len(graph) else None
 
     def forward(self, input_ids, attention_mask=None, question_mask=None):
         """Logits (B, T, V) of the base with its own memory; with an empty memory, bit-identical to the base.

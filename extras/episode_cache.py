@@ -2,20 +2,22 @@
 
 The text of the episodes is the truth; this file can be deleted at any time. It is found again by text: an episode whose text
 it holds takes its rows from there, all others are encoded, so forgetting, editing or telling more never encodes what was
-encoded before. It holds what answering needs, and in float32, so that an answer is the same to the bit with it and without:
+encoded before. It holds what the memory itself holds, to the bit, so that an answer is the same with it and without:
 
     texts   (N, 16) uint8    a hash of each text
     lengths (N,)    int64    tokens of each episode, without <bos>
     ids     (all,)  int64    token ids of all episodes, end to end
-    keys    (all, 2 H C)     token keys of the memory: most of the file
-    nodes   (N, D or 2 D)    the episodes' nodes in the graph
+    keys    (all, 2 H C)     token keys of the memory, in float16 as it keeps them: most of the file
+    nodes   (N, D or 2 D)    the episodes' nodes in the graph, in float32: they tell sentences apart by small differences of
+                             large numbers, of which a shorter format would round away too much to save a tenth
 
-The states that keys are made of aren't there (they would add half as much again): only training needs them, and makes them
-anew. Nor are the episodes' own keys, which depend on the neighbours in time and take no time to speak of.
+The states that keys are made of aren't there: only training needs them, and makes them anew. Nor are the episodes' own keys,
+which depend on the neighbours in time and take no time to speak of.
 
 Two things must agree before anything in it is used: `model_key`, a hash of base, memory weights, settings and tokenizer (not
 of dtype or device: what a GPU worked out in bf16 serves a CPU), and a checksum of all tensors. The file is safetensors and
-is mapped into memory, so what no question looks at is only read once, for the checksum.
+is mapped into memory, so what no question looks at is only read once, for the checksum. It is replaced whole when it changes,
+and must be: to write into it in place would change the memory of a conversation that has it open.
 """
 
 import hashlib
@@ -33,9 +35,8 @@ from extras.weights_270m import default_cache
 from gemma import InputError, replacing
 from memory import TokenStore, node_width
 
-FORMAT = 1                           # to be counted up whenever the same weights would give other keys than before
+FORMAT = 2                           # to be counted up whenever the same weights would give other keys than before
 WORTH_KEEPING = 256                  # facts of a file; fewer are encoded sooner than a cache is looked for
-TOGETHER, AREA = 1024, 2 ** 24       # encoded at a time: so many episodes, and so many pairs of tokens among them
 BLOCK, PART = 2 ** 16, 2 ** 26       # bytes that the checksum adds up, and bytes that it then hashes the sums of
 
 
@@ -96,47 +97,37 @@ def remember(model, ids, texts, known, progress=True):
 def assemble(model, rows, encoded, known, progress):
     """The TokenStore and nodes of episodes: rows[i] says where in `known` episode i is, or None: then encoded[i] are its tokens.
 
-    Room for all of it is made once; besides that, only TOGETHER episodes are held at a time.
+    Room for all of it is made once; what is encoded comes in parts.
     """
     graph, device = model.memory_graph, model.gemma.device
     length_of, start_of = known.tokens.lengths.tolist(), known.tokens.starts.tolist()
     lengths = [len(encoded[i]) - 1 if row is None else length_of[row] for i, row in enumerate(rows)]
     ids = torch.empty(sum(lengths), dtype=torch.long, device=device)
-    keys = torch.empty(len(ids), graph.tokens.keys.shape[1], device=device)
+    keys = torch.empty(len(ids), graph.tokens.keys.shape[1], dtype=graph.tokens.keys.dtype, device=device)
     nodes = torch.empty(len(rows), node_width(model.config, model.gemma.config.hidden_size), device=device)
     at = 0
     with tqdm(total=len(encoded), desc="remembering", unit="fact", disable=not progress, file=sys.stderr, leave=False, delay=2) as bar:
-        for first, last in runs(rows, lengths):
-            here = slice(at, at + sum(lengths[first:last]))
-            at = here.stop
-            if rows[first] is not None:
+        for first, last in runs(rows):
+            if rows[first] is None:
+                parts = model.written([encoded[i] for i in range(first, last)], bar.update)
+            else:
                 there = slice(start_of[rows[first]], start_of[rows[last - 1]] + length_of[rows[last - 1]])
-                ids[here], keys[here] = known.tokens.ids[there], known.tokens.keys[there]
-                nodes[first:last] = known.nodes[rows[first]:rows[last - 1] + 1]
-                continue
-            new = [encoded[i] for i in range(first, last)]
-            states = model.encode(new, bar.update)
-            tokens = [torch.tensor(row[1:], device=device) for row in new]
-            ids[here] = torch.cat(tokens)
-            keys[here] = model.injection.token_keys(ids[here], torch.cat(states), torch.tensor(lengths[first:last], device=device))
-            nodes[first:last] = torch.stack([model.node_features(*pair) for pair in zip(tokens, states)])
+                piece = slice(rows[first], rows[last - 1] + 1)
+                parts = [(TokenStore(known.tokens.ids[there], known.tokens.keys[there], known.tokens.lengths[piece]), known.nodes[piece])]
+            for part, part_nodes in parts:
+                here = slice(at, at + len(part.ids))
+                ids[here], keys[here], nodes[first:first + len(part_nodes)] = part.ids, part.keys, part_nodes
+                first, at = first + len(part_nodes), here.stop
     return TokenStore(ids, keys, torch.tensor(lengths, device=device)), nodes
 
 
-def runs(rows, lengths):
-    """Cut episodes into pieces [first, last) that are either known, one row after the other, or to be encoded together."""
+def runs(rows):
+    """Cut episodes into pieces [first, last) that are either known, one row after the other, or all to be encoded."""
     first = 0
-    while first < len(rows):
-        last, longest = first + 1, lengths[first]
-        while last < len(rows) and (rows[last] is None) == (rows[first] is None):
-            longest = max(longest, lengths[last])
-            if rows[first] is not None and rows[last] != rows[last - 1] + 1:
-                break
-            if rows[first] is None and (last - first == TOGETHER or (last + 1 - first) * longest ** 2 > AREA):
-                break
-            last += 1
-        yield first, last
-        first = last
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != (None if rows[i - 1] is None else rows[i - 1] + 1):
+            yield first, i
+            first = i
 
 
 # ------------------------------------------------------------------------------------------------------------ the file
@@ -189,7 +180,7 @@ def save(path, key, graph):
     header, end = {"__metadata__": dict(model=key, checksum=checksum(key, tensors))}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
-        header[name] = dict(dtype={torch.uint8: "U8", torch.int64: "I64", torch.float32: "F32"}[tensor.dtype], shape=list(tensor.shape),
+        header[name] = dict(dtype={torch.uint8: "U8", torch.int64: "I64", torch.float16: "F16", torch.float32: "F32"}[tensor.dtype], shape=list(tensor.shape),
                             data_offsets=[start, end])
     blob = json.dumps(header).encode()
     blob += b" " * (-len(blob) % 8)                                        # tensors begin at a multiple of 8

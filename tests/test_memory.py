@@ -51,7 +51,7 @@ def same_memory(a, b):
     assert x.texts == y.texts
     assert torch.equal(x.tokens.ids, y.tokens.ids) and torch.equal(x.tokens.lengths, y.tokens.lengths)
     assert torch.equal(x.tokens.starts, y.tokens.starts) and x.tokens.longest == y.tokens.longest
-    for one, other in ((x.states, y.states), (x.tokens.keys, y.tokens.keys), (x.nodes, y.nodes), (keys(a), keys(b))):
+    for one, other in ((x.tokens.keys.float(), y.tokens.keys.float()), (x.nodes, y.nodes), (keys(a), keys(b))):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
@@ -132,8 +132,8 @@ def test_nodes_and_token_keys_by_hand(full):
         x = torch.cat((x, layer.sentence(x, torch.tensor([len(x)]))), -1)                          # this sentence's words alone
         before = torch.cat((torch.zeros(1, x.shape[1]), x[:-1]))
         read, match = layer.token_key_own(x) + layer.token_key_before(before), layer.match_key(x)
-        torch.testing.assert_close(graph.tokens.keys[at, :width], unit(read), rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(graph.tokens.keys[at, width:], unit(match), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(graph.tokens.keys[at, :width].float(), unit(read), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(graph.tokens.keys[at, width:].float(), unit(match), rtol=1e-3, atol=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------------- forgetting
@@ -377,9 +377,10 @@ def test_reading_equals_the_slow_way(full):
     clamped = lambda v, mean, std: ((v - mean) / std).clamp(-10, 10)
     pool, all_keys, nodes = x[asking].mean(0), keys(full), clamped(graph.nodes, gnn.mean, gnn.std)
     tokens = []                                                            # of each episode: (id, features, features of the one before)
-    for start, M in zip(graph.tokens.starts.tolist(), graph.tokens.lengths.tolist()):
-        ids = graph.tokens.ids[start:start + M].tolist()
-        features = [torch.cat((clamped(graph.states[start + m], layer.state_mean, layer.state_std), value(ids[m]))) for m in range(M)]
+    for fact in graph.texts:
+        _, *ids = full.token_ids(fact)
+        (states,), M = full.states([[BOS, *ids]]), len(ids)
+        features = [torch.cat((clamped(states[m], layer.state_mean, layer.state_std), value(ids[m]))) for m in range(M)]
         features = list(torch.cat((torch.stack(features), layer.sentence(torch.stack(features), torch.tensor([M]))), -1))
         tokens.append(list(zip(ids, features, [torch.zeros_like(features[0]), *features[:-1]])))
     sharp = [gnn.log_temperature[i].exp() * math.log(N + 2) / math.log(18) for i in range(H)]
@@ -473,7 +474,8 @@ def test_features_drop_out_while_training_alone(full):
     """Catches answers that differ from one time to the next, keys of dropped-out features that stay, and training without dropout."""
     full.injection.config = full.config = replace(full.config, dropout=0.5)
     ids, before = full.memory_graph.tokens.ids, full.recall(QUESTIONS[0])
-    features = lambda: full.injection.features(ids, full.memory_graph.states)
+    states = torch.cat(full.encode([full.token_ids(fact) for fact in FACTS]))
+    features = lambda: full.injection.features(ids, states)
     plain = features()
     assert torch.equal(features(), plain)
     full.train()
@@ -647,7 +649,7 @@ def test_saved_and_loaded_gives_the_same_answers(full, tmp_path):
         assert torch.equal(loaded[name], rounded) and torch.equal(saved[name].float(), rounded)
     again.add_to_memory(FACTS)
     full.injection.load_state_dict(loaded)
-    assert again.answer(QUESTIONS, max_new_tokens=12) == full.eval().answer(QUESTIONS, max_new_tokens=12)
+    assert again.answer(QUESTIONS, max_new_tokens=12) == full.train().eval().answer(QUESTIONS, max_new_tokens=12)
     assert not any(fact.encode() in p.read_bytes() for p in tmp_path.iterdir() for fact in FACTS)
 
 
