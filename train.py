@@ -75,6 +75,7 @@ class TrainConfig:
     device: str = field(default="", metadata={"help": "cpu, cuda, mps; default: a GPU if there is one"})
     workers: int = field(default=0, metadata={"help": "processes that draw the pool's sentences; 0: this one"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the layers above the injection"})
+    deterministic: bool = field(default=False, metadata={"help": "the same bits at every run on the same machine; slower on a GPU"})
     init: str = field(default="", metadata={"help": "folder of a trained memory to start from, with a fresh optimizer; default: from nothing"})
     resume: bool = field(default=False, metadata={"help": "go on from the checkpoint in --out"})
 
@@ -89,6 +90,8 @@ class TrainConfig:
                 raise InputError(f"expected --{name.replace('_', '-')} of at least {least}, got {getattr(self, name)}.")
         if self.accumulate % processes():
             raise InputError(f"expected --accumulate to be a multiple of the {processes()} processes, which share these batches out, got {self.accumulate}.")
+        if self.deterministic and self.minutes:
+            raise InputError(f"expected --deterministic with --steps alone, got --minutes {self.minutes}: what depends on the clock comes out differently each time.")
         if self.unknown + self.text > 1:
             raise InputError(f"expected --unknown and --text to be shares of the questions, got {self.unknown} and {self.text}.")
         out = Path(self.out)
@@ -531,6 +534,9 @@ def train(settings, memory_config=None, model=None, pools=None):
     device, first = check_device(device), rank == 0
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
+    if settings.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"                  # read by cuBLAS when it starts
+        torch.use_deterministic_algorithms(True)
     if model is None:
         model = GemmaWithMemory.from_pretrained(base=settings.model, device=device, config=memory_config)
     elif memory_config is not None:

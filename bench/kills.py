@@ -28,7 +28,7 @@ from bench.common import Parser, commit, hardware, out_folder, run, write_json
 from gemma import InputError
 from memory import GemmaWithMemory, MemoryConfig
 
-SETTINGS = train.TrainConfig(device="cpu", steps=8, batch=8, facts=8, tokens=40, warmup=2, eval_every=2)
+SETTINGS = train.TrainConfig(device="cpu", steps=8, batch=8, facts=8, tokens=40, warmup=2, eval_every=2, deterministic=True)
 AGAIN = 0.3                              # how often a resumed run is killed too
 QUESTIONS = 8                            # of an evaluation: it is the files that are tested here
 

@@ -21,6 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from filelock import FileLock, Timeout  # comes with huggingface_hub
+from tqdm import tqdm
 
 import generate
 from extras.episode_cache import Known, fill, keep, model_key, remember
@@ -324,8 +325,9 @@ class Chat:
             self.sync()
 
     def add(self, texts, say):
-        for text in texts:
-            self.model.token_ids(text)                                     # what the model can't take is refused, not stored
+        reading = tqdm(texts, desc="reading", unit="fact", disable=not self.progress, file=sys.stderr, leave=False, delay=2)
+        lengths = [len(self.model.token_ids(text)) for text in reading]    # what the model can't take is refused, not stored
+        self.model.check_room(sum(lengths), len(lengths))
         ids = self.session.tell(texts)
         say(f"remembered as {ids[0]}" + (f" to {ids[-1]}, {len(ids)} facts" if len(ids) > 1 else ""))
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from data_gen import KINDS
@@ -367,10 +369,12 @@ def test_a_run_moves_the_memory_and_nothing_else(shipped, pool, run, tmp_path, m
 
 
 def test_resumed_is_unbroken(run, tmp_path, monkeypatch):
-    """Catches anything that a checkpoint leaves out: moments, the step of the schedule, the random state, the best score so far."""
-    torch.use_deterministic_algorithms(True)
+    """Catches anything that a checkpoint leaves out: moments, the step of the schedule, the random state, the best score so far;
+    and --deterministic that is accepted and ignored."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
-        whole = run(out=str(tmp_path / "whole"), batch=8, facts=8)
+        whole = run(out=str(tmp_path / "whole"), batch=8, facts=8, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
         forward, steps = train.forward, []
 
         def stopped(model, *arguments):
@@ -380,15 +384,38 @@ def test_resumed_is_unbroken(run, tmp_path, monkeypatch):
             return forward(model, *arguments)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(train, "forward", stopped)
-            run(out=str(tmp_path / "broken"), batch=8, facts=8)
+            run(out=str(tmp_path / "broken"), batch=8, facts=8, deterministic=True)
         torch.rand(5)                                                      # another process has another random state
-        resumed = run(out=str(tmp_path / "broken"), batch=8, facts=8, resume=True)
+        resumed = run(out=str(tmp_path / "broken"), batch=8, facts=8, deterministic=True, resume=True)
     finally:
         torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
     for (name, one), other in zip(whole.injection.state_dict().items(), resumed.injection.state_dict().values()):
         assert torch.equal(one, other), name
     read = lambda name: [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
     assert [(a["step"], a["loss"]) for a in read("whole")] == [(b["step"], b["loss"]) for b in read("broken")]
+
+
+def test_every_operation_of_a_step_can_be_deterministic(shipped, pool):
+    """Catches an operation that --deterministic makes an error on a GPU (see torch.use_deterministic_algorithms), where CI has none."""
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            name, out = function.overloadpacket.__name__, function(*arguments, **(options or {}))
+            used.add(f"{name} of floats" if name == "cumsum" and out.is_floating_point() else name)
+            return out
+    used, model, batch = set(), untrained(shipped, pool, MemoryConfig(dropout=0.1)).train(), draw(pool, 2, 8, 8, 0.2, 0.2)
+    with Watch():
+        out = train.forward(model, pool, batch, SETTINGS.tokens)
+        loss = F.cross_entropy(out["logits"].float(), out["targets"]) + sum(train.retrieval_loss(batch, out, 2)) + train.copying_loss(batch, out, 2)
+        loss.backward()
+    assert used > {"scatter_reduce", "index_add", "nll_loss_backward"}
+    assert not used & {"put", "put_", "histc", "bincount", "median", "nanmedian", "kthvalue", "cumsum of floats", "nll_loss2d_forward", "_embedding_bag"}
+
+
+def test_deterministic_runs_know_no_clock(run):
+    """Catches two runs with the same settings that can't end alike."""
+    with pytest.raises(InputError, match="--minutes"):
+        run(deterministic=True, minutes=1.0)
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
