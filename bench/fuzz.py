@@ -7,7 +7,7 @@
   store      a session whose episodes.jsonl, cache or lock is spoilt, before it is opened and while it is open, and commands in it
 
 Each must be refused with a sentence (InputError; exit code 2) or work. Anything else is trouble: another exception, a crash,
-more than 10 seconds, 2 GB more memory, weights that differ from those that a hash covers, a text that became a control token,
+more than 10 seconds (of its own, where the machine is busy), 2 GB more memory, weights that differ from those that a hash covers, a text that became a control token,
 an acknowledged line of a session that is gone though nothing spoilt it.
 What led to it is kept in a folder of its own. Every case is a function of --seed and its number: `--case` runs one again.
 
@@ -460,6 +460,12 @@ def cases(target, context, seed, numbers, now, report):
                 report.send((number, f"{type(error).__name__} in {Path(place.filename).name}:{place.lineno}: {str(error)[:200]}", traceback.format_exc()))
 
 
+def at_work(process):
+    """(Whether a process computes or would if it were let, seconds of processor time it has had.)"""
+    state, *fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2].split()
+    return state == "R", sum(map(int, fields[10:12])) / os.sysconf("SC_CLK_TCK")
+
+
 def watch(target, context, seed, numbers, minutes, out):
     """Run cases until the minutes are over. Returns (what became of them, as a Counter; the troubles, as {number: what})."""
     fork = multiprocessing.get_context("fork")
@@ -476,7 +482,7 @@ def watch(target, context, seed, numbers, minutes, out):
             TARGETS[target][0](random.Random(f"{seed}/{number}"), kept / "input", context)
             (kept / "trouble.txt").write_text(f"{what}\n\n{details}", encoding="utf-8", errors="backslashreplace")
 
-    worker, over = None, False
+    worker, over, used = None, False, 0.0
     while not over:
         if worker is None:
             receive, send = fork.Pipe(duplex=False)
@@ -486,8 +492,11 @@ def watch(target, context, seed, numbers, minutes, out):
             send.close()
         over = time.time() > until
         try:
-            if not receive.poll(SECONDS):
-                raise TimeoutError
+            while not receive.poll(SECONDS):
+                computes, seconds = at_work(worker)
+                if not computes or seconds > used + SECONDS:               # else others keep this machine busy
+                    raise TimeoutError
+            used = at_work(worker)[1]
             number, what, details = receive.recv()
             bar.update()
             if details:
@@ -501,7 +510,7 @@ def watch(target, context, seed, numbers, minutes, out):
             if not hung and worker.exitcode == 0:                          # no more cases
                 return outcomes, troubles
             trouble(now.value, f"more than {SECONDS} s" if hung else f"the process died ({worker.exitcode})", "")
-            numbers, worker = range(now.value + 1, sys.maxsize) if len(numbers) > 1 else [], None
+            numbers, worker, used = range(now.value + 1, sys.maxsize) if len(numbers) > 1 else [], None, 0.0
     if worker is not None:                                                 # the last case may have ended it
         worker.kill()
         worker.join()

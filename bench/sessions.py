@@ -5,7 +5,7 @@
     python -m bench.sessions large --facts 100000      # a large file imported, and the session opened again
     python -m bench.sessions evening                   # a fact, 120 other turns, the process ended, a new one asked
 
-Each prints one line of figures, and stops with exit code 1 at the first loss.
+Each prints one line of figures and writes it to a file, or stops with exit code 1 at the first loss.
 """
 
 import argparse
@@ -23,10 +23,9 @@ from pathlib import Path
 import torch
 
 import generate
-from bench.common import ROOT, hardware
+from bench.common import ROOT, Parser, commit, hardware, out_folder, run, write_json
 from extras.episode_cache import Known, load, model_key, remember
 from extras.session import Chat, Session
-from gemma import InputError
 from memory import GemmaWithMemory
 
 
@@ -88,16 +87,18 @@ def converse_in_child(model, folder):
     return child, open(ours, "w", encoding="utf-8"), open(theirs, encoding="utf-8")
 
 
-def kill_once(model, folder, scratch, rng, seconds):
-    """One conversation, killed after up to `seconds`. Returns how many of its commands were acknowledged, and whether a line was torn."""
+def kill_once(model, folder, scratch, rng):
+    """One conversation, killed at a random moment: while it opens, or some milliseconds after it said one of its first sentences.
+    Returns how many of its commands were acknowledged, and whether a line was torn."""
     live = Session(folder).live()
     script = commands(rng, live, scratch, 60)
     child, lines, notes = converse_in_child(model, folder)
     lines.write("".join(line + "\n" for line, _ in script))
     lines.close()
-    time.sleep(rng.uniform(0, seconds))
+    said = [notes.readline().rstrip("\n") for _ in range(rng.choice([0, rng.randrange(60)]))]
+    time.sleep(rng.uniform(0, 0.02))
     os.kill(child, signal.SIGKILL)
-    said = notes.read().splitlines()
+    said += notes.read().splitlines()
     notes.close()
     os.waitpid(child, 0)
     if any("error" in line for line in said):
@@ -118,14 +119,14 @@ def kill_once(model, folder, scratch, rng, seconds):
     return acknowledged, any("cut off" in note for note in session.notes)
 
 
-def kills(model, times, seconds=2.0, seed=0):
+def kills(model, times, seed=0):
     """Returns a dict of what happened. Raises Loss."""
     torch.set_num_threads(1)                                               # threads don't survive a fork
     rng, acknowledged, torn, before_opening = random.Random(seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as scratch:
         for n in range(times):
             folder = Path(scratch) / f"session{n // 20}"
-            done, cut = kill_once(model, folder, Path(scratch), rng, seconds)
+            done, cut = kill_once(model, folder, Path(scratch), rng)
             acknowledged, torn, before_opening = acknowledged + done, torn + cut, before_opening + (done == 0)
             if n % 20 == 19 or n == times - 1:
                 check_keys(model, folder)
@@ -214,19 +215,22 @@ print(json.dumps(dict(model_s=round(loaded - start, 2), session_s=round(opened -
 
 
 def large(name, facts, folder):
-    """Import `facts` facts by the command line, then open the session again, twice. Returns a dict."""
+    """Import `facts` facts by the command line, then open the session again, three times. Returns a dict.
+
+    The load average (processes that wanted a processor in the last minute) says how far the seconds are to be trusted."""
     rng, folder = random.Random(0), Path(folder)
     file = folder / "facts.txt"
     file.write_text("".join(f"The code of locker {i} is {rng.randrange(10 ** 6)}.\n" for i in range(facts)))
     session = folder / "session"
     start = time.time()
     subprocess.run([sys.executable, "generate.py", "--model", name, "--session", session], input=f"/import {file}\n", text=True, cwd=ROOT, check=True)
-    imported = time.time() - start
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20
+    imported, load = time.time() - start, os.getloadavg()[0]
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     sizes = {path: (session / path).stat().st_size / facts for path in ("episodes.jsonl", "cache.safetensors")}
     opened = [json.loads(subprocess.run([sys.executable, "-c", OPEN, session, name], capture_output=True, text=True, cwd=ROOT, check=True).stdout)
-              for _ in range(2)]
-    return dict(import_s=round(imported), import_peak_GB=round(peak, 1), bytes_per_fact={k: round(v) for k, v in sizes.items()}, opened=opened)
+              for _ in range(3)]
+    return dict(facts=facts, import_s=round(imported), import_cpu_s=round(used.ru_utime + used.ru_stime), import_peak_GB=round(used.ru_maxrss / 2 ** 20, 1),
+                import_load=round(load, 1), bytes_per_fact={k: round(v) for k, v in sizes.items()}, opened=opened, opened_load=round(os.getloadavg()[0], 1))
 
 
 # ----------------------------------------------------------------------------------------------------------- evening
@@ -244,15 +248,16 @@ def evening(name, folder):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.sessions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m bench.sessions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["kills", "flips", "large", "evening"])
     parser.add_argument("--model", default="tiny", help="a memory (default: tiny)")
     parser.add_argument("--times", type=int, default=200, help="of kills (default: 200)")
     parser.add_argument("--facts", type=int, default=100_000, help="of large (default: 100000)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder for sessions.json (default out/sessions-WHAT-MODEL)")
     args = parser.parse_args(arguments)
+    out, start = out_folder(args.out, f"sessions-{args.what}", args.model), time.time()
     try:
-        start = time.time()
         if args.what in ("large", "evening"):
             with tempfile.TemporaryDirectory() as folder:
                 found = large(args.model, args.facts, folder) if args.what == "large" else evening(args.model, folder)
@@ -260,11 +265,13 @@ def main(arguments=None):
             torch.set_num_threads(1)
             model = GemmaWithMemory.from_pretrained(args.model)
             found = kills(model, args.times, seed=args.seed) if args.what == "kills" else flips(model, args.seed)
-        print(f"{json.dumps(found)} ({hardware()}, {time.time() - start:.0f} s)")
-    except (Loss, InputError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except Loss as loss:
+        sys.exit(print(f"error: {loss}", file=sys.stderr) or 1)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "sessions.json", dict(command="python -m bench.sessions " + " ".join(sys.argv[1:] if arguments is None else arguments),
+                                           commit=commit(), hardware=hardware(), seconds=round(time.time() - start), **found))
+    print(f"{json.dumps(found)} ({hardware()}, {time.time() - start:.0f} s)")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

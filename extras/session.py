@@ -15,6 +15,7 @@ while the file is read or written, so that two conversations in one session lose
 
 import json
 import os
+import stat
 import sys
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -93,8 +94,10 @@ class Session:
             pass
 
     def state(self):
-        """What tells whether somebody else has touched the file."""
+        """What tells whether somebody else has touched the file. Raises OSError where it has become a pipe, to be read for ever."""
         s = os.stat(self.file)
+        if not stat.S_ISREG(s.st_mode):
+            raise OSError("it is no file")
         return s.st_ino, s.st_size, s.st_mtime_ns
 
     def read(self):

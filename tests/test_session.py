@@ -200,12 +200,12 @@ def test_two_writers(folder):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="forks")
-def test_killed_at_random_moments(toy):
+def test_killed_at_random_moments(toy, tmp_path):
     """Catches an acknowledged change that a kill takes with it. The long form: python -m bench.sessions kills --times 200."""
-    done = subprocess.run([sys.executable, "-m", "bench.sessions", "kills", "--times", "12", "--model", str(toy)], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "bench.sessions", "kills", "--times", "12", "--model", str(toy), "--out", str(tmp_path)], cwd=ROOT,
                           env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = json.loads(re.match(r"\{.*\}", done.stdout).group())
+    found = json.loads((tmp_path / "sessions.json").read_text())
     assert found["lost"] == 0 and found["kills"] == 12 and found["acknowledged"] > 0
 
 
@@ -455,6 +455,11 @@ def test_folders_that_are_none(run, tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "x", tmp_path / "a", tmp_path / "b", "x" * 5000):
         code, out, err = run("--session", path, QUESTION)
         assert (code, out) == (2, "") and re.fullmatch(r"error: [^\n]+\n", err)
+    session = Session(tmp_path / "d")
+    session.file.unlink()
+    os.mkfifo(session.file)                                                # while it is open
+    with pytest.raises(InputError, match="no file"):
+        session.catch_up()
     code, out, err = run("--session", tmp_path / "c", "--memory", tmp_path / "file", QUESTION)
     assert code == 2 and "/import" in err and not (tmp_path / "c").exists()
 
