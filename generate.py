@@ -59,6 +59,7 @@ def parse_arguments(arguments):
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the base (default: float32 on the CPU, else bfloat16)")
     parser.add_argument("--why", action="store_true", help="show which facts each answer drew on, and how much")
+    parser.add_argument("--explain", metavar="PAGE.html", help="write a page that shows what the last answer drew on, token by token")
     choice = parser.add_argument_group("choosing tokens")
     choice.add_argument("--temperature", type=number(float, lambda x: 0 <= x < float("inf"), "a number of at least 0"), default=0.0,
                         help="0 always takes the likeliest token, 1 follows the model's probabilities (default: 0)")
@@ -73,6 +74,8 @@ def parse_arguments(arguments):
     args = parser.parse_args(arguments)
     if args.question is not None and not args.question.strip():
         fail("expected a question, got an empty one; leave it out to type questions one by one.")
+    if args.explain is not None and not (args.explain.endswith(".html") and os.path.isdir(os.path.dirname(args.explain) or ".")):
+        fail(f"expected --explain to name an .html file in a folder that is there, got {args.explain}; name another.")
     if args.session is not None and args.memory is not None:
         fail("expected --memory or --session, got both; /import FILE puts a file's facts into a session.")
     return args
@@ -115,6 +118,9 @@ def answer(model, question, args):
     for (piece,) in pieces:
         print(one_line(piece) if sys.stdout.isatty() else piece, end="", flush=True)
     print(flush=True)
+    if args.explain is not None:
+        from extras.explain import write_page
+        write_page(model, question, args.explain)
 
 
 def why(model, at_most=5, told=lambda episode: ""):

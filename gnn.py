@@ -226,12 +226,15 @@ class SimilarityEdges(nn.Module):
         self.alike = nn.Parameter(torch.tensor(4.0))
         self.bias = nn.Parameter(torch.tensor(-5.0))
 
-    def forward(self, match, keys, nodes, episodes):
+    def edges(self, match, keys, nodes, episodes):
         """match (R, k) how well each fits the question, keys (R, k, H, C), nodes (R, k, D) standardised features, episodes
-        (R, k) their places in time -> (R, k): log of how likely none of the others has replaced it."""
+        (R, k) their places in time -> scores (R, i, j) of "j replaces i", -inf where j wasn't told later."""
         alike = torch.einsum("rihc,rjhc->rij", keys, keys) / keys.shape[2]
         replaces, replaced = self.says(nodes).float().unbind(-1)
         score = (self.fits * (match[:, None] - match[..., None]) + self.alike * alike
-                 + replaces[:, None] + replaced[..., None] + self.bias)                        # (R, i, j): j replaces i
-        later = episodes[:, None] > episodes[..., None]
-        return -(F.softplus(score) * later).sum(-1)             # the product of 1 - sigmoid(score) over later ones
+                 + replaces[:, None] + replaced[..., None] + self.bias)
+        return score.masked_fill(episodes[:, None] <= episodes[..., None], -torch.inf)
+
+    def forward(self, match, keys, nodes, episodes):
+        """As `edges` -> (R, k): log of how likely none of the others has replaced it, the product of 1 - sigmoid(score)."""
+        return -F.softplus(self.edges(match, keys, nodes, episodes)).sum(-1)

@@ -542,6 +542,7 @@ class GemmaWithMemory(nn.Module):
         self.injection = MemoryInjectionLayer(self.config, gemma.config.hidden_size, gemma.embed_tokens.weight).to(gemma.device)
         self.memory_graph = EpisodeGraph(self.config, gemma.config.hidden_size, gemma.device)
         self.trained = {}                                                  # how the weights were made, saved with them
+        self.answered = []                                                 # the tokens of the last answers, for --explain
         newlines = [i for i in range(END_OF_TURN + 1, tokenizer.vocab_size) if tokenizer.pieces.id_to_piece(i).startswith("\n")]
         self.stop = {EOS, END_OF_TURN, *tokenizer.encode("\n", bos=False), *newlines, tokenizer.pieces.piece_to_id("<0x0A>")}
 
@@ -735,10 +736,11 @@ class GemmaWithMemory(nn.Module):
     def answer_stream(self, questions, max_new_tokens=64, **options):
         """As `answer` for a list of questions, but yields the answers as they grow: at every step a list of new pieces."""
         ids, mask = self.batch(questions, max_new_tokens) if questions else (None, None)
+        self.answered = tokens = [[] for _ in questions]
         if not questions or not len(self.memory_graph):
             yield [DONT_KNOW] * len(questions)
             return
-        tokens, said = [[] for _ in questions], [""] * len(questions)
+        said = [""] * len(questions)
         for token in self.stream(ids, attention_mask=mask, max_new_tokens=max_new_tokens, stop=self.stop, **options):
             if not tokens[0]:
                 known = (self.weights()[:, -1] <= self.config.null_threshold).tolist()

@@ -685,6 +685,9 @@ def main(arguments=None):
     for N, r in result.items():
         print(f"{N:4d} facts: exact match {share(r['recall'])} (the base alone {share(r['base_alone'])}), right episode first "
               f"{share(r['first'])}, refused {share(r['refused'])} of the unanswerable and {share(r['refused_wrongly'])} of the answerable")
+    if result:                                                             # not in the other processes of torchrun
+        from extras.curves import draw
+        draw(settings.out)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""Put the measured figures into README.md: python -m bench.readme   (no figure there is typed by hand; --check only compares)
+"""Put the measured figures into README.md, and quoted code into docs/: python -m bench.readme   (--check only compares)
 
-Reads what other commands wrote: bench/results/NAME.json (python -m bench.recall --out …, copied there), and the logs of the
-shipped memories. Replaces what stands between `<!-- figures: X -->` and `<!-- end -->`.
+No figure there is typed by hand. Reads what other commands wrote: bench/results/NAME.json (python -m bench.recall --out …,
+copied there), and the logs of the shipped memories. Replaces what stands between `<!-- figures: X -->` or
+`<!-- code: FILE NAME -->` and `<!-- end -->`.
 """
 
 import argparse
+import ast
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 from bench.common import percent, table
+from bench.ladder import LADDER, designs
 from bench.recall import report
 from gemma import InputError, replacing
 
@@ -78,26 +82,63 @@ def default(name):
             f"held-out people and values, trained phrasings: {', '.join(sizes)}.")
 
 
+def ladder(_):
+    """What each rung of bench.ladder changes."""
+    return table(["", "rung", "what changed"], [[d.number, d.name, d.what] for d in designs() if d.group == LADDER], left=3)
+
+
+def find(file, name):
+    """The syntax tree of what `name` ("Class.method", say) stands for in a file of this repository: where it is first said, on the
+    top level, in a class, or as self.name in a method. Raises InputError if it isn't there."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    for part in name.split("."):
+        attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)] if isinstance(tree, ast.ClassDef) else []
+        said = [(node, target) for node in tree.body for target in names(node)] + [(node, node.attr) for node in attributes
+                if isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self"]
+        tree = next((node for node, target in said if target == part), None)
+        if tree is None:
+            raise InputError(f"expected {name} in {file}, but there is no {part}; find out what became of it.")
+    return tree
+
+
+def names(node):
+    """What a statement names."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+
+
+def code(file, name):
+    """The source of a function or class."""
+    node = find(file, name)
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()[node.lineno - 1:node.end_lineno]
+    return "```python\n" + textwrap.dedent("\n".join(lines)) + "\n```"
+
+
 def filled(text):
-    """README text with every block of figures made anew."""
+    """The text of a page with every block of figures and code made anew."""
+    text = re.sub(r"<!-- code: (\S+) (\S+) -->.*?<!-- end -->", lambda match: f"<!-- code: {match[1]} {match[2]} -->\n{code(match[1], match[2])}\n<!-- end -->",
+                  text, flags=re.S)
+
     def block(match):
         what, _, name = match[1].partition(" ")
-        return f"<!-- figures: {match[1]} -->\n{dict(recall=recall, refusal=refusal, edits=edits, natural=natural, training=training, default=default)[what](name)}\n<!-- end -->"
+        return f"<!-- figures: {match[1]} -->\n{dict(recall=recall, refusal=refusal, edits=edits, natural=natural, training=training, default=default, ladder=ladder)[what](name)}\n<!-- end -->"
     return re.sub(r"<!-- figures: ([\w. -]+?) -->.*?<!-- end -->", block, text, flags=re.S)
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="example: python -m bench.readme --check")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 2 if README.md is not up to date")
+    parser = argparse.ArgumentParser(description="Put measured figures and quoted code into README.md and docs/.", epilog="example: python -m bench.readme --check")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 2 if a page is not up to date")
     check = parser.parse_args(arguments).check
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = filled(old)
-    if check and new != old:
-        raise InputError("README.md does not hold the figures of bench/results; run python -m bench.readme.")
-    if not check:
-        with replacing(readme) as temporary:
-            temporary.write_text(new, encoding="utf-8")
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        old = page.read_text(encoding="utf-8")
+        new = filled(old)
+        if check and new != old:
+            raise InputError(f"{page.name} does not hold the figures of bench/results or the code it quotes; run python -m bench.readme.")
+        if new != old:
+            with replacing(page) as temporary:
+                temporary.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,199 @@
+"""Every command that README.md and docs/ print is run, long ones in a shorter form, in the order they are printed.
+
+COMMANDS says how: printed command -> what is run instead, with {toy} for a toy base with a memory, {tmp} for a scratch folder;
+AS_PRINTED where nothing need be shorter. Then what must be seen: a pattern in the output, or a file. Whoever prints a new
+command puts it here.
+"""
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemma import Gemma, GemmaConfig, Tokenizer
+from memory import GemmaWithMemory, MemoryConfig
+from toy import CONFIG, one_thread  # noqa: F401 (one_thread is a fixture)
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = re.compile(r"(python|uv|pip|torchrun|printf|git)\s")
+AS_PRINTED = None
+TRAIN = "python train.py --model {toy} --inject-after 2 --steps 1 --batch 128 --bundles 40 --facts 8 --tokens 40 --eval-every 1 "
+LARGE = "--warmup 1 --lr 1.2e-3 --workers 0 --dropout 0.1 "
+RECALL = "python -m bench.recall --model {toy} --quick --sizes 4 --questions 8 --edits 5 --batch 16 --only "
+
+COMMANDS = {
+    'uv run generate.py --memory facts.txt "What is Maria\'s locker code?"': (AS_PRINTED, "^4821$"),
+    'uv run --extra dev pytest': ("this very run", ""),
+    'pip install torch safetensors sentencepiece huggingface_hub numpy': ("pyproject.toml", ""),
+    'python generate.py --memory facts.txt "What is Maria\'s locker code?"': (AS_PRINTED, "^4821$"),
+    'python generate.py --memory facts.txt --explain page.html "When is the deadline of the Falcon project?"': (AS_PRINTED, Path("page.html")),
+    'python generate.py --session diary': (AS_PRINTED, Path("diary")),
+    'printf \'%s\\n\' "Maria lives in Lisbon." "Tom works as a baker." | python generate.py --session diary': (AS_PRINTED, "remembered as 1"),
+    'python generate.py --session diary --why "Where does Maria live?"': (AS_PRINTED, "Maria lives in Lisbon"),
+    'python -m bench.sessions kills --times 200': ("python -m bench.sessions kills --model {toy} --times 1", '"kills": 1'),
+    'python -m bench.sessions flips': ("python -m bench.sessions flips --model {toy}", "cache_refused"),
+    'python -m bench.sessions large': ("python -m bench.sessions large --model {toy} --facts 40", "bytes_per_fact"),
+    'python -m bench.sessions evening': ("python -m bench.sessions evening --model {toy}", '"turns": 120'),
+    'python -m bench.kills --kills 100': ("python -m bench.kills --kills 1 --out {tmp}/kills", "1 kills"),
+    'python -m bench.fuzz --target loaders --minutes 10': ("python -m bench.fuzz --target loaders --minutes 0.03 --out {tmp}/fuzz", "loaders"),
+    'uv run --extra weights generate.py --model gemma-3-270m --memory facts.txt "When is the deadline of the Falcon project?"': (AS_PRINTED, "^17 November$"),
+    'python train.py': (TRAIN, Path("out/memory/curves.png")),
+    'python generate.py --model out/memory --memory facts.txt "Where does Maria live?"': (AS_PRINTED, ""),
+    'python train.py --model gemma-3-270m --sentence-layers 2 --steps 20000 --minutes 5.9 --batch 1024 --bundles 120000 --workers 16 --facts 256 '
+    '--lr 1.2e-3 --warmup 100 --tokens 44 --eval-every 400 --dropout 0.1 --copying 0.3 --compile --out out/C':
+        (TRAIN + LARGE + "--sentence-layers 2 --minutes 5.9 --copying 0.3 --out out/C", Path("out/C/memory.json")),
+    'torchrun --nproc_per_node=3 train.py --model gemma-3-270m --sentence-layers 2 --init out/C --seed 1 --steps 20000 --minutes 5.5 --batch 512 '
+    '--accumulate 3 --bundles 120000 --workers 16 --facts 256 --lr 1.2e-3 --warmup 100 --tokens 44 --eval-every 700 --dropout 0.1 --compile --out out/270m':
+        (TRAIN + LARGE + "--sentence-layers 2 --minutes 5.5 --init out/C --seed 1 --accumulate 3 --out out/270m", Path("out/270m/memory.json")),   # several processes: test_train.py
+    'python train.py --model tiny --steps 20000 --minutes 6.9 --batch 1024 --bundles 100000 --workers 14 --facts 128 --warmup 100 --tokens 56 '
+    '--eval-every 500 --compile --out out/tiny': (TRAIN + LARGE + "--minutes 6.9 --out out/tiny", Path("out/tiny/memory.json")),
+    'python -m tiny.pretrain --out tiny --steps 15000 --documents 1000000':
+        ("python -m tiny.pretrain --out {tmp}/pretrained --steps 1 --batch 2 --documents 1280 --workers 1", Path("pretrained/model.safetensors")),
+    'python -m bench.ladder': ("python -m bench.ladder --model {toy} --quick --rungs 2 --steps 1 --batch 8 --bundles 40 --facts 8 --questions 8 --out {tmp}/ladder",
+                               "values from the whole vocabulary"),
+    'python -m exercises': ("python -m exercises --work {tmp}/workshop", "^01  new"),
+    'python -m exercises next': ("python -m exercises next --work {tmp}/workshop", "^01  new"),
+    'python -m exercises check 03': ("python -m exercises check 03 --work {tmp}/workshop", "FAIL"),
+    'python -m exercises --use-mine --memory facts.txt "What is Maria\'s locker code?"':
+        ('python -m exercises --work {tmp}/workshop --use-mine --memory facts.txt "What is Maria\'s locker code?"', "^4821$"),
+    'python -m bench.recall --help': (AS_PRINTED, "--set-threshold"),
+    'python -m bench.readme': ("python -m bench.readme --check", ""),
+    'python -m extras.curves tiny/memory --out tiny.png': (AS_PRINTED, Path("tiny.png")),
+    'python data_gen.py --n 3 --out data.jsonl --facts 6 --kind coreference': (AS_PRINTED, Path("data.jsonl")),
+    'python train.py --steps 40 --out out/short': (TRAIN + "--out out/short", Path("out/short/curves.png")),
+}
+# What stands above a table of figures was put there by bench.readme, and changes with every measurement.
+MEASURED = {
+    "python -m bench.recall --model": (lambda printed: RECALL + re.search(r"--only (\S+)", printed)[1], r"\| facts"),
+    "python -m bench.natural --model": (lambda printed: "python -m bench.natural --model {toy} --out {tmp}/natural", "all"),
+}
+EXIT = {"python -m exercises check 03": 1}                                 # not solved yet
+
+
+def printed(text):
+    """The commands of a page: lines of its code blocks, without their remarks, and what stands between backticks."""
+    found = []
+
+    def block(match):
+        found.extend(line for line in (re.sub(r"\s{2,}#.*", "", line).strip() for line in match[1].splitlines()) if PROGRAMS.match(line))
+        return ""
+    prose = re.sub(r"^```\w*\n(.*?)^```$", block, text, flags=re.M | re.S)
+    return found + [code for code in re.findall(r"`([^`\n]+)`", prose) if PROGRAMS.match(code)]
+
+
+def every():
+    return list(dict.fromkeys(command for page in PAGES for command in printed(page.read_text(encoding="utf-8"))))
+
+
+def how(command):
+    """(what is run for a printed command, what must be seen), or None where nobody said so."""
+    for start, (shorten, seen) in MEASURED.items():
+        if command.startswith(start):
+            return shorten(command), seen
+    return COMMANDS.get(command)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory, one_thread):  # noqa: F811
+    """A base that is quicker than tiny, with tiny's tokenizer, since sentences in toy's bytes are long; and an untrained memory beside it."""
+    folder = tmp_path_factory.mktemp("toy")
+    shutil.copy(ROOT / "tiny" / "tokenizer.model", folder)
+    tokenizer = Tokenizer(folder)
+    torch.manual_seed(1)
+    base = Gemma(GemmaConfig.from_dict({**CONFIG, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 1024}))
+    base.save_pretrained(folder)
+    config = MemoryConfig(inject_after=2, heads=2, key_dim=16, token_key_dim=8, gat_dim=8, candidates=4, readable=2)
+    GemmaWithMemory(Gemma.from_pretrained(folder), tokenizer, config, folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A folder that looks like the repository's, for commands to write to: its entries are links."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for entry in ROOT.iterdir():
+        if not entry.name.startswith(".") and entry.name not in ("out", "workshop", "diary"):
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+def test_every_command_is_known():
+    """Catches a command that was printed, or changed, without anybody having run it, and one that isn't printed any more."""
+    unknown = [command for command in every() if how(command) is None]
+    assert not unknown, f"COMMANDS in {Path(__file__).name} doesn't say how to run: {unknown}"
+    gone = set(COMMANDS) - set(every())
+    assert not gone, f"no page prints: {gone}"
+
+
+@pytest.mark.parametrize("command", every())
+def test_command(command, toy, checkout, monkeypatch, capfd, request):  # noqa: F811
+    """Catches options that are gone, steps in the wrong order, and output that isn't as the page says."""
+    run, seen = how(command)
+    line = (run or command).format(toy=toy, tmp=checkout) if run else command
+    if line == "this very run":
+        return command_of_ci(command)
+    if line == "pyproject.toml":
+        return packages(command)
+    said, line = "", re.sub(r"^uv run (--extra \w+ )?(?=\S+\.py )", "python ", line)
+    if command.startswith("uv run --extra"):
+        assert f"\n{shlex.split(command)[3]} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    if "--model gemma-3-270m" in line:
+        request.getfixturevalue("weights_270m")
+    if line.startswith("printf"):
+        said, _, line = line.partition(" | ")
+        said = "".join(text + "\n" for text in shlex.split(said)[2:])
+    program, *arguments = shlex.split(line)
+    assert program == "python"
+    monkeypatch.chdir(checkout)
+    print(line)
+    if "pretrain" in line:                                                 # starts processes, which import what is __main__
+        done = subprocess.run([sys.executable, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+        code = done.returncode
+    else:
+        code = in_this_process(arguments, said, monkeypatch)
+    output = "\n".join(capfd.readouterr())
+    assert code == EXIT.get(command, 0), output
+    if isinstance(seen, Path):
+        assert (checkout / seen).stat().st_size > 0, output
+    else:
+        assert re.search(seen, output, re.M), output
+
+
+def in_this_process(arguments, said, monkeypatch):
+    """Run `python ARGUMENTS` with `said` on its standard input, as Python itself would, but without starting anew. Returns the exit code."""
+    if arguments[0] == "-m":
+        arguments = arguments[1:]
+        start = lambda: runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    else:
+        start = lambda: runpy.run_path(arguments[0], run_name="__main__")
+    read, write = os.pipe()
+    os.write(write, said.encode())
+    os.close(write)
+    monkeypatch.setattr(sys, "argv", arguments)
+    with os.fdopen(read) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        try:
+            start()
+        except SystemExit as end:
+            return 0 if end.code is None else end.code
+    return 0
+
+
+def command_of_ci(command):
+    """The command that runs the tests is how CI runs them."""
+    program, rest = command.split(" ", 1)
+    assert f'"${program}" {rest}' in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+def packages(command):
+    """What pip is told to install is what pyproject.toml depends on."""
+    block = re.search(r"^dependencies = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)[1]
+    assert sorted(re.findall(r'^ *"([\w-]+)', block, re.M)) == sorted(command.split()[2:])
