@@ -1,0 +1,126 @@
+"""LoRA (https://arxiv.org/abs/2106.09685): facts in the weights themselves, as small changes of low rank. The parametric yardstick.
+
+             ┌──────────────── W, frozen ───────────────┐
+        x ───┤                                          (+)──► y         merged:  x ──► W + scale · up · down ──► y
+             └── dropout ──► down ──► up ──► x scale ───┘
+                            (r, in)  (out, r), zero at first
+
+The base is never touched, not even by merging: the adapted model is a second tree of modules around the same tensors. A
+merged projection gets a matrix of its own, and unmerging goes back to the base's, where subtracting what was added would
+leave rounding errors behind. Any memory can sit in the sockets of the adapted model.
+
+Letters as in gemma.py, and r the rank.
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gemma import InputError
+
+PROJECTIONS = dict(attention=("q_proj", "k_proj", "v_proj", "o_proj"), mlp=("gate_proj", "up_proj", "down_proj"))
+
+
+def option(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class LoRAConfig:
+    """What is adapted, and how much. Each field says why one would change it."""
+
+    lora_rank: int = option(16, "r; 0: no LoRA. Parameters grow with it, and how many facts fit")
+    lora_alpha: float = option(32.0, "the change is multiplied by alpha / r, so that a new rank needs no new learning rate")
+    lora_dropout: float = option(0.0, "of what enters the adapters, while training")
+    lora_targets: str = option("attention,mlp", "what is adapted: attention, mlp, or projections by name, with commas. MLPs are where facts mostly sit")
+    lora_lr: float = option(1.0, "its learning rate, as a multiple of --lr")
+
+    def check(self, source):
+        """Raise InputError for a setting that can't be built. Returns self."""
+        def expect(good, what, got):
+            if not good:
+                raise InputError(f"{source}: expected {what}, got {str(got)[:40]}.")
+        expect(0 <= self.lora_rank <= 4096, "lora_rank from 0 to 4096", self.lora_rank)
+        expect(0 <= self.lora_dropout < 1, "lora_dropout from 0 to below 1", self.lora_dropout)
+        expect(abs(self.lora_alpha) < 1e6, "lora_alpha to be an ordinary number", self.lora_alpha)
+        expect(0 <= self.lora_lr < 1e6, "lora_lr to be an ordinary number of at least 0", self.lora_lr)
+        named = {*PROJECTIONS, *sum(PROJECTIONS.values(), ())}
+        expect(set(self.lora_targets.split(",")) <= named, f"lora_targets of {', '.join(sorted(named))}, with commas", repr(self.lora_targets))
+        return self
+
+
+class Adapter(nn.Module):
+    """The change to one projection: scale · up · down."""
+
+    def __init__(self, config, rows, columns):
+        super().__init__()
+        # One factor is random and one zero: no change at first, and a gradient from the first step.
+        self.down = nn.Parameter(torch.randn(config.lora_rank, columns) * columns ** -0.5)
+        self.up = nn.Parameter(torch.zeros(rows, config.lora_rank))
+        self.scale, self.dropout = config.lora_alpha / config.lora_rank, config.lora_dropout
+
+    def forward(self, x):
+        """x (…, in) -> (…, out), float32."""
+        x = F.dropout(x.float(), self.dropout, self.training)
+        return self.scale * F.linear(F.linear(x, self.down), self.up)
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen projection and the adapter beside it; or, merged, one matrix for both."""
+
+    def __init__(self, weight, adapter):
+        super().__init__()
+        self.weight, self.base, self.adapter, self.merged = weight, weight, adapter, False
+
+    def forward(self, x):
+        y = F.linear(x, self.weight)
+        return y if self.merged else y + self.adapter(x).to(y.dtype)
+
+    @torch.no_grad()
+    def merge(self):
+        whole = self.base.float() + self.adapter.scale * self.adapter.up @ self.adapter.down
+        self.weight, self.merged = nn.Parameter(whole.to(self.base.dtype), requires_grad=False), True
+
+    def unmerge(self):
+        self.weight, self.merged = self.base, False
+
+
+class LoRA(nn.Module):
+    """Adapters for every layer of a Gemma, and `gemma`, which is that Gemma with them. Two LoRAs of one base don't see each other."""
+
+    def __init__(self, config, gemma):
+        super().__init__()
+        self.config = config.check("LoRA")
+        tensors = {id(p): p for p in gemma.parameters()}                   # deepcopy takes these as copied already
+        adapted = copy.deepcopy(gemma, tensors)
+        targets = [name for target in config.lora_targets.split(",") for name in PROJECTIONS.get(target, (target,))]
+        self.adapters = nn.ModuleDict()
+        for name, linear in list(adapted.named_modules()) if config.lora_rank else ():
+            layer, _, leaf = name.rpartition(".")
+            if leaf in targets:
+                adapter = self.adapters[name.replace(".", "/")] = Adapter(config, *linear.weight.shape).to(gemma.device)
+                setattr(adapted.get_submodule(layer), leaf, AdaptedLinear(linear.weight, adapter))
+        self.beside = [adapted]                                            # in a list: its tensors are no part of this module
+
+    @property
+    def gemma(self):
+        return self.beside[0]
+
+    def parameter_groups(self):
+        """[(multiple of the learning rate, parameters)]"""
+        return [(self.config.lora_lr, list(self.parameters()))]
+
+    def merge(self):
+        """One matrix for each projection: as fast as the base alone, for as much memory again. Later training isn't in it."""
+        for module in self.gemma.modules():
+            if isinstance(module, AdaptedLinear):
+                module.merge()
+
+    def unmerge(self):
+        """Adapters beside the base's own matrices again."""
+        for module in self.gemma.modules():
+            if isinstance(module, AdaptedLinear):
+                module.unmerge()
