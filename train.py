@@ -262,6 +262,11 @@ def train(settings, memory_config=None, model=None, pools=None):
     if settings.init:
         model.load_memory(settings.init)
     parameters = model.trainable_parameters()
+    if not parameters:                                                     # --variant none: measured and saved, there is nothing to train
+        last = lesson.evaluate()
+        model.trained = dict(asdict(settings), held_out=last)
+        model.save_pretrained(folder)
+        return model, last
     optimizer = torch.optim.AdamW([dict(params=some, factor=factor, weight_decay=decay) for group, factor in model.parameter_groups() for some, decay in
                                    (([p for p in group if p.ndim > 1], settings.weight_decay), ([p for p in group if p.ndim <= 1], 0.0)) if some],
                                   lr=settings.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
@@ -372,7 +377,7 @@ def main(arguments=None):
     for N, r in result.items():
         found = f", right episode first {share(r['first'])}, refused {share(r['refused'])} of the unanswerable and {share(r['refused_wrongly'])} of " \
                 "the answerable" if "first" in r else ""
-        print(f"{N:4d} facts: exact match {share(r['recall'])} (the base alone {share(r['base_alone'])}){found}")
+        print(f"{N:4d} facts: exact match {share(r['recall'])} (the base alone {share(r.get('base_alone'))}){found}")
 
 
 if __name__ == "__main__":
