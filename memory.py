@@ -673,6 +673,10 @@ class MemoryModel(nn.Module):
 
     # -- saving and loading
 
+    def to_save(self):
+        """The tensors that files hold, by name."""
+        return self.injection.state_dict()
+
     def save_pretrained(self, folder):
         """Write memory.safetensors and memory.json: the memory's weights, its config, and which base they belong to.
 
@@ -682,8 +686,8 @@ class MemoryModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         new = folder / "memory.safetensors.new"
         with replacing(new) as temporary:
-            save_file({name: t.detach().to("cpu", self.saved_as if t.ndim > 1 else torch.float32).contiguous()
-                       for name, t in self.injection.state_dict().items()}, temporary)
+            save_file({name: t.detach().to("cpu", t.dtype if not t.is_floating_point() else self.saved_as if t.ndim > 1 else torch.float32).contiguous()
+                       for name, t in self.to_save().items()}, temporary)
         write_json(folder / "memory.json", dict(
             variant=self.variant, memory=asdict(self.config), trained=self.trained, sha256=hashlib.sha256(new.read_bytes()).hexdigest(),
             base=dict(name=str(self.base_name), config=self.gemma.config.fingerprint(), tokenizer=self.tokenizer.hash,
@@ -747,7 +751,8 @@ class MemoryModel(nn.Module):
         for name in sorted(set(mine) ^ set(tensors)):
             raise InputError(f"{file}: tensor {name} is {'missing' if name in mine else 'unexpected'}; restore the file that was saved.")
         for name, tensor in tensors.items():
-            if tensor.shape != mine[name].shape or tensor.dtype not in (torch.float32, torch.bfloat16) or not bool(tensor.isfinite().all()):
+            dtypes = (torch.float32, torch.bfloat16) if mine[name].is_floating_point() else (mine[name].dtype,)
+            if tensor.shape != mine[name].shape or tensor.dtype not in dtypes or not bool(tensor.isfinite().all()):
                 raise InputError(f"{file}: expected {name} to be finite, of shape {tuple(mine[name].shape)}, got {tensor.dtype} "
                                  f"{tuple(tensor.shape)}; restore the file that was saved.")
         self.injection.load_state_dict(tensors)

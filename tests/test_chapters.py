@@ -21,7 +21,8 @@ def base(tmp_path_factory):
 def bank(base, loud=True, **options):
     """A small bank; loud: it says something, as after training."""
     torch.manual_seed(0)
-    config = ChaptersConfig(**{**dict(tokens=24, heads=2, head_dim=8, placement="all", zero_output=not loud), **options})
+    config = ChaptersConfig(**{**dict(bank=24, heads=2, head_dim=8, placement="all", zero_output=not loud), **options})
+    config.check("test")
     return Chapters(config, base.config.hidden_size, len(base.layers)).eval()
 
 
@@ -65,11 +66,13 @@ def test_packing_changes_no_answer(base, rank):
     for storage in ("int8", "int4"):
         model = bank(base, storage=storage, rank=rank)
         before, n = base(IDS, injection=model), sum(p.numel() for p in model.banks.parameters())
-        model.pack()
+        kept = {name: t for i, bank in enumerate(model.banks) for name, t in bank.packed().items()}
+        model.banks[0].pack()
+        assert set(kept) == set(dict(model.banks[0].named_buffers()))
         assert torch.equal(base(IDS, injection=model), before) and not list(model.banks.parameters())
         stored = sum(b.numel() for name, b in model.banks.named_buffers() if name.endswith("packed"))
         assert stored == n if storage == "int8" else stored == n // 2
-        model.unpack()
+        model.banks[0].unpack()
         torch.testing.assert_close(base(IDS, injection=model), before)
         assert sum(p.numel() for p in model.banks.parameters()) == n
 
@@ -221,7 +224,8 @@ def test_placement_and_sharing():
     assert placed("every:4", 12) == [4, 8, 12] and placed("9, 5,2", 12) == [2, 5, 9]
     assert groups("one", 5) == [0] * 5 and groups("layer", 3) == [0, 1, 2] and groups("every:2", 5) == [0, 0, 1, 1, 2]
     for text in ("", "first:0", "last:13", "every:x", "0,1", "13", "2,2,x", "middle", "first"):
-        assert placed(text, 12) is None, text
+        with pytest.raises(InputError, match="placement"):
+            placed(text, 12)
     for text in ("", "none", "every:0", "every"):
         assert groups(text, 4) is None, text
 
@@ -230,12 +234,12 @@ def test_parameter_groups(base):
     """Catches a parameter that no group holds, or two do, and multiples that land on another part."""
     model = bank(base, chapters=4, bank_lr=3.0, router_lr=0.5)
     grouped = model.parameter_groups()
-    assert [factor for factor, _ in grouped] == [3.0, 0.5, 1.0]
-    assert sorted(id(p) for _, part in grouped for p in part) == sorted(map(id, model.parameters()))
-    assert grouped[0][1] == list(model.banks.parameters()) and len(grouped[1][1]) == 4
+    assert [factor for _, factor in grouped] == [3.0, 0.5, 1.0, 1.0]
+    assert sorted(id(p) for part, _ in grouped for p in part) == sorted(map(id, model.parameters()))
+    assert grouped[0][0] == list(model.banks.parameters()) and len(grouped[1][0]) == 4
 
 
-@pytest.mark.parametrize("options", [dict(tokens=0), dict(chapters=5), dict(top_k=2), dict(placement="5"), dict(sharing="some"), dict(order="C"),
+@pytest.mark.parametrize("options", [dict(bank=0), dict(chapters=5), dict(top_k=2), dict(placement="5"), dict(sharing="some"), dict(order="C"),
                                      dict(routing="never"), dict(storage="int2"), dict(balance=-1.0), dict(z_loss=float("nan")), dict(rank=-1)], ids=str)
 def test_bad_settings_are_named(base, options):
     """Catches a setting that fails somewhere inside PyTorch."""

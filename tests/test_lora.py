@@ -5,7 +5,7 @@ import torch
 
 from gemma import Gemma, InputError
 from tests.toy import one_thread, toy_base                                 # noqa: F401
-from variants.lora import LoRA, LoRAConfig
+from variants.lora import LoRA, LoraConfig
 
 IDS = torch.tensor([[2, 150, 151, 300, 301, 302], [2, 400, 401, 402, 300, 150]])
 
@@ -18,7 +18,7 @@ def base(tmp_path_factory):
 def trained(base, **options):
     """A LoRA whose changes are not zero, as after training."""
     torch.manual_seed(0)
-    lora = LoRA(LoRAConfig(lora_rank=4, **options), base).eval()
+    lora = LoRA(LoraConfig(lora_rank=4, **options), base).eval()
     for name, p in lora.named_parameters():
         if name.endswith("up"):
             torch.nn.init.normal_(p, std=0.1)
@@ -27,7 +27,7 @@ def trained(base, **options):
 
 def test_starts_as_the_base(base):
     """Catches two random factors: an untrained adapter must leave every logit as it is, to the bit."""
-    assert torch.equal(LoRA(LoRAConfig(lora_rank=4), base).gemma(IDS), base(IDS))
+    assert torch.equal(LoRA(LoraConfig(lora_rank=4), base).gemma(IDS), base(IDS))
 
 
 def test_equals_the_formula(base):
@@ -82,7 +82,7 @@ def test_dropout_only_while_training(base):
 
 @pytest.mark.parametrize("options", [dict(lora_rank=-1), dict(lora_dropout=1.0), dict(lora_targets="attention,heads"), dict(lora_targets=""),
                                      dict(lora_alpha=float("nan"))])
-def test_bad_settings_are_named(base, options):
+def test_bad_settings_are_named(options):
     """Catches a setting that fails somewhere inside PyTorch, or trains nothing."""
     with pytest.raises(InputError, match=next(iter(options))):
-        LoRA(LoRAConfig(**{**dict(lora_rank=4), **options}), base)
+        LoraConfig(**options).check("test")

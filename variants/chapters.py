@@ -20,7 +20,7 @@ probability: with one chapter that is Switch Transformer's gate (https://arxiv.o
 Letters as in gemma.py, and N memory tokens · W their width · C chapters of S = N / C tokens · k chosen · R = B · T rows
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,19 +28,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from gemma import BOS, Injection, InputError, RMSNorm
+from variants.lora import LoRA, LoraConfig, LoraMemory, option
 
 BITS = {"float": None, "int8": 8, "int4": 4}
 
 
-def option(default, text):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class ChaptersConfig:
-    """What the bank is made of. Each field says why one would change it."""
+class ChaptersConfig(LoraConfig):
+    """What the bank is made of. Each field says why one would change it. Those of LoRA count where there is one beside it."""
 
-    tokens: int = option(4096, "N: memory tokens of a bank; more hold more facts")
+    lora_rank: int = option(0, "r of a LoRA beside the bank; 0: none")
+    bank: int = option(4096, "N: memory tokens of a bank; more hold more facts")
     width: int = option(0, "W of a memory token; 0: the base's hidden size; less saves parameters")
     rank: int = option(0, "of the bank, M = A · Bᵀ; 0: full. A low rank makes tokens alike, and saves most of their parameters")
     projection_rank: int = option(0, "of the four projections; 0: full")
@@ -63,27 +61,25 @@ class ChaptersConfig:
     router_lr: float = option(1.0, "the router's: a slower one is less likely to settle on one chapter early")
     vanilla: bool = option(False, "no bank at all: the base alone, as the yardstick of a run with the same options")
 
-    def check(self, source, layers):
-        """Raise InputError for a setting that can't be built on a base of `layers` layers. Returns self."""
+    def check(self, source):
+        super().check(source)
         def expect(good, what, got):
             if not good:
                 raise InputError(f"{source}: expected {what}, got {str(got)[:40]}.")
-        for name, least, most in (("tokens", 1, 1 << 22), ("width", 0, 1 << 14), ("rank", 0, 1 << 14), ("projection_rank", 0, 1 << 14),
+        for name, least, most in (("bank", 1, 1 << 22), ("width", 0, 1 << 14), ("rank", 0, 1 << 14), ("projection_rank", 0, 1 << 14),
                                   ("heads", 1, 256), ("head_dim", 1, 4096), ("chapters", 1, 4096), ("top_k", 1, 4096), ("window", 1, 1 << 16)):
             expect(least <= getattr(self, name) <= most, f"{name} from {least} to {most}", getattr(self, name))
         for name, choices in (("order", "A B"), ("routing", "sequence rolling token hybrid"), ("storage", "float int8 int4")):
             expect(getattr(self, name) in choices.split(), f"{name} to be one of {choices}", repr(getattr(self, name)))
         for name in ("balance", "auxiliary", "z_loss", "bank_lr", "router_lr"):
             expect(0 <= getattr(self, name) < 1e6, f"{name} to be an ordinary number of at least 0", getattr(self, name))
-        expect(self.tokens % self.chapters == 0, f"tokens to be a multiple of the {self.chapters} chapters", self.tokens)
+        expect(self.bank % self.chapters == 0, f"bank to be a multiple of the {self.chapters} chapters", self.bank)
         expect(self.top_k <= self.chapters, f"top_k of at most the {self.chapters} chapters", self.top_k)
-        expect(placed(self.placement, layers), f"placement to be all, first:K, last:K, every:N or layers from 1 to {layers} with commas", repr(self.placement))
         expect(groups(self.sharing, 1), "sharing to be one, layer or every:K", repr(self.sharing))
-        return self
 
 
 def placed(placement, layers):
-    """The layers, counted from 1, that a placement names: "last:2" of 12 -> [11, 12]. None if it can't be read."""
+    """The layers, counted from 1, that a placement names: "last:2" of 12 -> [11, 12]. Raises InputError if it can't be read."""
     how, _, number = placement.partition(":")
     n = int(number) if number.isdecimal() and len(number) < 6 else 0
     every = list(range(1, layers + 1))
@@ -93,7 +89,9 @@ def placed(placement, layers):
         return {"first": every[:n], "last": every[-n:], "every": every[n - 1::n]}[how]
     listed = placement.split(",")
     named = {int(part) for part in listed if part.strip().isdecimal() and len(part) < 6}
-    return sorted(named) if len(named) == len(listed) and named <= set(every) else None
+    if len(named) < len(listed) or not named <= set(every):
+        raise InputError(f"expected placement to be all, first:K, last:K, every:N or layers from 1 to {layers} with commas, got {placement[:40]!r}.")
+    return sorted(named)
 
 
 def groups(sharing, readers):
@@ -164,17 +162,22 @@ class Matrix(nn.Module):
         return self.part("a") @ projection(self.part("b").T)
 
     @torch.no_grad()
+    def packed(self):
+        """What is kept of the parameters: {name: rounded numbers or steps}, the parameters themselves if they aren't rounded."""
+        kept = {}
+        for name, full in self.named_parameters():
+            kept.update(zip((f"{name}_packed", f"{name}_step"), quantise(full, self.bits)) if self.bits else [(name, full)])
+        return kept
+
     def pack(self):
         """Keep the rounded numbers alone: no parameters are left, nothing trains any more."""
-        for name in self.shapes if self.bits else ():
-            if name in self._parameters:
-                whole, step = quantise(self._parameters.pop(name), self.bits)
-                self.register_buffer(f"{name}_packed", whole)
-                self.register_buffer(f"{name}_step", step)
+        for name, kept in self.packed().items() if self.bits else ():
+            self._parameters.pop(name.rpartition("_")[0], None)
+            self.register_buffer(name, kept)
 
     @torch.no_grad()
     def unpack(self):
-        """Parameters again, with the values that were kept."""
+        """Parameters again, with the values that were packed."""
         for name in self.shapes:
             if f"{name}_step" in self._buffers:
                 full = self.part(name)
@@ -277,31 +280,21 @@ class Chapters(nn.Module, Injection):
 
     def __init__(self, config, hidden_size, layers):
         super().__init__()
-        config.check("chapters", layers)
         self.config = config
         where = [] if config.vanilla else placed(config.placement, layers)
         shared = groups(config.sharing, len(where))
-        self.banks = nn.ModuleList(Matrix(config.tokens, config.width or hidden_size, config.rank, 1.0, BITS[config.storage])
+        self.banks = nn.ModuleList(Matrix(config.bank, config.width or hidden_size, config.rank, 1.0, BITS[config.storage])
                                    for _ in range(max(shared, default=-1) + 1))
         self.readers = nn.ModuleDict({str(layer): Reader(config, hidden_size, bank) for layer, bank in zip(where, shared)})
         self.logits = []
 
     def parameter_groups(self):
-        """[(multiple of the learning rate, parameters)] of bank, router and the rest."""
-        named = {"bank": [], "router": [], "rest": []}
+        """[(parameters, multiple of the learning rate)] of bank, router, LoRA, and the readers."""
+        parts = {"bank": [], "router": [], "lora": [], "reader": []}
         for name, p in self.named_parameters():
-            named["bank" if name.startswith("banks.") else "router" if ".router." in name else "rest"].append(p)
-        return [(self.config.bank_lr, named["bank"]), (self.config.router_lr, named["router"]), (1.0, named["rest"])]
-
-    def pack(self):
-        """Keep the banks as config.storage says, after training."""
-        for bank in self.banks:
-            bank.pack()
-
-    def unpack(self):
-        """Banks that can be trained again."""
-        for bank in self.banks:
-            bank.unpack()
+            parts["bank" if name.startswith("banks.") else "lora" if name.startswith("lora.") else "router" if ".router." in name else "reader"].append(p)
+        rates = dict(bank=self.config.bank_lr, router=self.config.router_lr, lora=self.config.lora_lr, reader=1.0)
+        return [(parts[name], rates[name]) for name in parts]
 
     def begin(self, input_ids, attention_mask, question_mask, cache):
         # <bos> is left alone, and out of means: its state is an outlier, far larger than all others.
@@ -363,3 +356,41 @@ class Chapters(nn.Module, Injection):
         each = [router_losses(logits, self.config.top_k) for logits in self.logits]
         mean = {name: sum(e[name] for e in each) / len(each) for name in (each[0] if each else ())}
         return sum(getattr(self.config, name) * value for name, value in mean.items()), mean
+
+
+class ChapterMemory(LoraMemory):
+    """A Gemma with banks in its sockets, and a LoRA beside them if its rank isn't 0."""
+
+    variant, Config = "chapters", ChaptersConfig
+
+    def make_injection(self):
+        injection = Chapters(self.config, self.gemma.config.hidden_size, len(self.gemma.layers)).to(self.gemma.device)
+        injection.lora = LoRA(self.config, self.gemma)
+        return injection
+
+    @property
+    def adapted(self):
+        return self.injection.lora.gemma
+
+    def trainable_parameters(self):
+        for bank in self.injection.banks:
+            bank.unpack()                                                  # what is packed can't train
+        return super().trainable_parameters()
+
+    def parameter_groups(self):
+        self.trainable_parameters()
+        return self.injection.parameter_groups()
+
+    def losses(self):
+        return self.injection.losses()
+
+    def to_save(self):
+        kept = {name: t for name, t in super().to_save().items() if not name.startswith("banks.")}
+        for i, bank in enumerate(self.injection.banks):
+            kept.update({f"banks.{i}.{name}": t for name, t in {**dict(bank.named_buffers()), **bank.packed()}.items()})
+        return kept
+
+    def load_memory(self, folder):
+        for bank in self.injection.banks:
+            bank.pack()
+        super().load_memory(folder)

@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gemma import InputError
+from gemma import Injection, InputError
+from variants.facts import TaughtConfig, TaughtLesson, read_facts, taught
+from variants.shared import TrainedIn
 
 PROJECTIONS = dict(attention=("q_proj", "k_proj", "v_proj", "o_proj"), mlp=("gate_proj", "up_proj", "down_proj"))
 
@@ -29,17 +31,17 @@ def option(default, text):
 
 
 @dataclass
-class LoRAConfig:
+class LoraConfig(TaughtConfig):
     """What is adapted, and how much. Each field says why one would change it."""
 
-    lora_rank: int = option(16, "r; 0: no LoRA. Parameters grow with it, and how many facts fit")
-    lora_alpha: float = option(32.0, "the change is multiplied by alpha / r, so that a new rank needs no new learning rate")
+    lora_rank: int = option(16, "r; 0: no LoRA. More facts need more")
+    lora_alpha: float = option(32.0, "the change is multiplied by alpha / r")
     lora_dropout: float = option(0.0, "of what enters the adapters, while training")
-    lora_targets: str = option("attention,mlp", "what is adapted: attention, mlp, or projections by name, with commas. MLPs are where facts mostly sit")
+    lora_targets: str = option("attention,mlp", "what is adapted: attention, mlp, or projections such as q_proj,down_proj; MLPs hold most facts")
     lora_lr: float = option(1.0, "its learning rate, as a multiple of --lr")
 
     def check(self, source):
-        """Raise InputError for a setting that can't be built. Returns self."""
+        super().check(source)
         def expect(good, what, got):
             if not good:
                 raise InputError(f"{source}: expected {what}, got {str(got)[:40]}.")
@@ -49,7 +51,6 @@ class LoRAConfig:
         expect(0 <= self.lora_lr < 1e6, "lora_lr to be an ordinary number of at least 0", self.lora_lr)
         named = {*PROJECTIONS, *sum(PROJECTIONS.values(), ())}
         expect(set(self.lora_targets.split(",")) <= named, f"lora_targets of {', '.join(sorted(named))}, with commas", repr(self.lora_targets))
-        return self
 
 
 class Adapter(nn.Module):
@@ -88,12 +89,13 @@ class AdaptedLinear(nn.Module):
         self.weight, self.merged = self.base, False
 
 
-class LoRA(nn.Module):
-    """Adapters for every layer of a Gemma, and `gemma`, which is that Gemma with them. Two LoRAs of one base don't see each other."""
+class LoRA(nn.Module, Injection):
+    """Adapters for every layer of a Gemma, and `gemma`, which is that Gemma with them. Two LoRAs of one base don't see each
+    other. It leaves the sockets alone; they are free for a bank."""
 
     def __init__(self, config, gemma):
         super().__init__()
-        self.config = config.check("LoRA")
+        self.config = config
         tensors = {id(p): p for p in gemma.parameters()}                   # deepcopy takes these as copied already
         adapted = copy.deepcopy(gemma, tensors)
         targets = [name for target in config.lora_targets.split(",") for name in PROJECTIONS.get(target, (target,))]
@@ -109,10 +111,6 @@ class LoRA(nn.Module):
     def gemma(self):
         return self.beside[0]
 
-    def parameter_groups(self):
-        """[(multiple of the learning rate, parameters)]"""
-        return [(self.config.lora_lr, list(self.parameters()))]
-
     def merge(self):
         """One matrix for each projection: as fast as the base alone, for as much memory again. Later training isn't in it."""
         for module in self.gemma.modules():
@@ -124,3 +122,39 @@ class LoRA(nn.Module):
         for module in self.gemma.modules():
             if isinstance(module, AdaptedLinear):
                 module.unmerge()
+
+
+class LoraMemory(TrainedIn):
+    """A Gemma whose facts are in adapters."""
+
+    variant, Config, Lesson = "lora", LoraConfig, TaughtLesson
+
+    def __init__(self, gemma, tokenizer, config=None, base_name=None):
+        super().__init__(gemma, tokenizer, config, base_name)
+        self.injection = self.make_injection()
+
+    def make_injection(self):
+        return LoRA(self.config, self.gemma)
+
+    @property
+    def adapted(self):
+        """The Gemma that answers; `gemma` stays the base."""
+        return self.injection.gemma
+
+    def forward(self, input_ids, attention_mask=None, question_mask=None):
+        return self.adapted(input_ids, attention_mask, question_mask, injection=self.injection)
+
+    def stream(self, input_ids, **options):
+        return self.adapted.stream(input_ids, injection=self.injection, **options)
+
+    def parameter_groups(self):
+        return [(self.trainable_parameters(), self.config.lora_lr)]
+
+    def losses(self):
+        """What the last forward pass adds to the loss, and its parts by name."""
+        return 0.0, {}
+
+    def taught(self):
+        """The facts that were trained in, as variants.facts.taught returns them."""
+        config = self.config
+        return read_facts(config.facts_file) if config.facts_file else taught(self.tokenizer, config.known, self.trained.get("seed", 0))
