@@ -93,8 +93,8 @@ def read_facts(path):
             texts, questions, unseen = (row.pop(name, []) for name in ("facts", "questions", "unseen"))
             answer = row.pop("answer", "")
             every = [*texts, *questions, *unseen]
-            good = every and all(isinstance(x, str) and x.strip() for x in every) and isinstance(answer, str) and not row
-            good = good and bool(answer.strip()) == bool(questions or unseen)
+            good = every and all(isinstance(x, str) and x.strip() for x in every) and not row and isinstance(answer, str)
+            good = good and all(isinstance(part, list) for part in (texts, questions, unseen)) and bool(answer.strip()) == bool(questions or unseen)
         except (ValueError, TypeError, RecursionError):
             good = False
         if not good:
