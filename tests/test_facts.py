@@ -4,13 +4,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import variants
-from gemma import Gemma, InputError, Tokenizer
-from tests.toy import one_thread, toy_base                                 # noqa: F401
+from gemma import Gemma, GemmaConfig, InputError, Tokenizer
+from tests.toy import CONFIG, one_thread, toy_base, toy_tokenizer          # noqa: F401
+from tiny.pretrain import chapters_config, pretrain
 from train import TrainConfig, main, train
 from variants.chapters import ChapterMemory, ChaptersConfig
 from variants.facts import TaughtLesson, read_facts, taught
@@ -104,8 +106,9 @@ def test_each_fact_is_as_likely(base, facts_file):
     lesson, drawn = TaughtLesson(model, settings(base, "unused", "lora", batch=4000)), []
     lesson.forward = lambda batch: drawn.append(batch["input_ids"]) or (torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), None)
     lesson.loss(8, torch.Generator().manual_seed(0))
-    texts = [model.tokenizer.decode(row.tolist()) for row in drawn[0]]
-    share = lambda *words: sum(any(w in t for w in words) for t in texts) / len(texts)
+    rows, counts = drawn[0].unique(dim=0, return_counts=True)
+    texts = {model.tokenizer.decode(row.tolist()): n / 4000 for row, n in zip(rows, counts.tolist())}
+    share = lambda *words: sum(n for text, n in texts.items() if any(word in text for word in words))
     assert all(abs(share(*words) - 0.25) < 0.03 for words in (("Maria",), ("Ana",), ("Tom",), ("Ben",)))
     assert abs(share("Maria lives") - 0.125) < 0.03 and abs(share("Is Maria") - 0.0625) < 0.02
 
@@ -202,3 +205,26 @@ def test_configs_train_and_generate(base, facts_file, tmp_path, variant, capsys)
     done = subprocess.run([sys.executable, "generate.py", "--model", str(tmp_path), "--memory", str(tmp_path / "facts.txt"), "--max-tokens", "2",
                            "Where does Maria live?"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "ignored" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_from_scratch_with_a_bank(tmp_path):
+    """Catches a base that its memory froze, a bank that doesn't learn beside it, and a vanilla run that isn't the plain one."""
+    vocabulary = toy_tokenizer(tmp_path).vocab_size
+    data = torch.randint(107, vocabulary, (700,), generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    weights = {}
+    for name, config in (("plain", None), ("vanilla", ChaptersConfig(vanilla=True)), ("bank", ChaptersConfig(**dict(BANK, chapters=2, routing="token", storage="int8")))):
+        torch.manual_seed(0)
+        options = SimpleNamespace(out=str(tmp_path), steps=3, batch=2, lr=0.2, seed=0)         # a high rate: 3 steps of 200 of warm-up
+        pretrain(GemmaConfig.from_dict(dict(CONFIG, vocab_size=vocabulary)), data, options, config)
+        weights[name] = dict(Gemma.from_pretrained(tmp_path).named_parameters())
+    same = lambda a, b: all(torch.equal(p, weights[b][name]) for name, p in weights[a].items())
+    assert same("plain", "vanilla") and not same("plain", "bank")
+    model = ChapterMemory.from_pretrained(tmp_path / "chapters")
+    assert model.injection.readers["1"].o_proj.full.abs().sum() > 0 and not list(model.injection.banks.parameters())
+    ids, mask = model.batch(["Where does Maria live?"])
+    with torch.no_grad():
+        assert not torch.equal(model(ids, mask, mask), model.gemma(ids, mask))
+    (tmp_path / "lora.json").write_text('{"lora_rank": 4}')
+    with pytest.raises(InputError, match="lora_rank 0"):
+        chapters_config(tmp_path / "lora.json")
+    assert chapters_config(ROOT / "variants" / "configs" / "chapters.json").bank == 4096

@@ -24,7 +24,7 @@ from extras.pool import autocast
 from gemma import BOS, PAD, InputError, Places
 from memory import Settings, question_prompt
 
-WORDINGS, QUESTIONS, UNSEEN = 6, 12, 2      # of a fact that is drawn; wordings that come twice count once
+WORDINGS, QUESTIONS, UNSEEN = 6, 24, 2      # of a fact that is drawn; wordings that come twice count once
 TOLD_OF_ONE = {1: 0.3, 2: 0.4, 3: 0.3}      # facts about one subject: its name alone must not give the answer away
 
 
