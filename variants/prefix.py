@@ -83,9 +83,11 @@ class PrefixInjection(nn.Module, Injection):
         if config.slots > 1:
             self.worth = nn.Linear(width, config.slots)                    # of each token to each slot
             self.place = nn.Parameter(torch.zeros(config.slots, 64))       # and of its place in the turn
-            # Slot k starts with the k-th share of a turn: in order, so that words stay apart.
+            # They start with a few tokens each, in order, so that a turn's words stand in the prompt, as well as K slots can say them.
+            share, place = max(1.0, 24 / config.slots), torch.arange(64)
             with torch.no_grad():
-                self.place.copy_(-0.5 * (torch.arange(64) / 2 - torch.arange(config.slots)[:, None]) ** 2)
+                self.place.copy_(-2 * ((place - (share - 1) / 2 - share * torch.arange(config.slots)[:, None]) / share) ** 2)
+                self.worth.weight.mul_(0.1)
         self.value_map = nn.Parameter(torch.eye(D).repeat(config.slots, 1, 1))     # (K, D, D): slots start as embeddings that the base knows
         self.view, self.log_weights, self.slots = None, None, None
 
