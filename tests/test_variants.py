@@ -1,16 +1,16 @@
 """The other designs: each is trained by train.py, saved and opened again, asked by generate.py, and leaves the base as it is."""
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 import torch
 
+import generate
 import train
 import variants
+from bench import recall
 from extras.pool import Pool
 from extras.settings import read_settings
 from gemma import InputError
@@ -177,15 +177,33 @@ def test_training_sees_what_answers_see(trained, base, name):
     assert seen
 
 
-def test_generate_py_opens_each(trained, tmp_path):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generate_py_opens_each(trained, tmp_path, capsys, name):
     """Catches a design that the command line can't open, and a --memory that is ignored without a word."""
-    facts = tmp_path / "facts.txt"
-    facts.write_text("\n".join(FACTS))
-    for name in CONFIGS:
-        done = subprocess.run([sys.executable, str(ROOT / "generate.py"), "--model", str(trained[name][0]), "--memory", str(facts), "--why",
-                               "--max-tokens", "4", "Where does Maria live?"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
-        assert done.returncode == 0 and done.stdout.endswith("\n"), done.stderr
-        assert ("--memory is ignored" in done.stderr) == (name == "none") and ("none of them" in done.stderr) == (name in TOLD), done.stderr
+    (tmp_path / "facts.txt").write_text("\n".join(FACTS))
+    generate.main(["--model", str(trained[name][0]), "--memory", str(tmp_path / "facts.txt"), "--why", "--max-tokens", "4", "Where does Maria live?"])
+    out, err = capsys.readouterr()
+    assert out.endswith("\n") and ("--memory is ignored" in err) == (name == "none") and ("none of them" in err) == (name in TOLD), err
+    with pytest.raises(SystemExit):
+        generate.main(["--model", str(trained[name][0]), "--session", str(tmp_path / "diary")])
+    assert "expected a graph memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_bench_measures_each(trained, name):
+    """Catches memories of a batch that answer for one another: asked side by side or one by one, the replies are the same."""
+    model = variants.load(trained[name][0])
+    told = [FACTS[:2], FACTS[2:7], FACTS[7:]]
+    cell = [(recall.remember(model, facts), [dict(question=q, answer="x", support=[0], kind="lookup") for q in ("Where is she?", "What is it, then?")])
+            for facts in told]
+    together = recall.ask(model, cell, batch=64, max_new_tokens=5)
+    for reply, facts in zip(together[::2], told):
+        model.clear_memory()
+        model.add_to_memory(facts)
+        model.config.null_threshold = 1.0
+        assert reply.said == model.answer("Where is she?", max_new_tokens=5)
+        if name in TOLD:
+            assert reply.null == pytest.approx(model.weights()[0, -1].item(), abs=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------- one design

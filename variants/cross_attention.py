@@ -69,6 +69,10 @@ class MemoryPackage:
     mask: torch.Tensor
     gist: torch.Tensor
 
+    @property
+    def valid(self):
+        return self.mask.any(-1)                                           # (G, N): which turns there are
+
     @staticmethod
     def side_by_side(packages):
         """Several views of one memory, (1, N, …) each, as one of G = their number."""
@@ -131,7 +135,7 @@ class CrossAttentionInjection(nn.Module, Injection):
         """Which turns are read: rows of the memory (R', k), and which of them there are (R', k). R' is R where it depends on
         the question, ids (R, T) marked by `question` (R, T), else G."""
         G, N = view.mask.shape[:2]
-        there = view.mask.any(2)                                           # (G, N)
+        there = view.valid                                                 # (G, N)
         count = there.sum(1, keepdim=True)
         how, _, K = self.config.turns.partition(":")
         if how == "all":
