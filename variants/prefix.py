@@ -74,18 +74,24 @@ class PrefixView:
 class PrefixInjection(nn.Module, Injection):
     """The graph of turns, what it keeps of them, and the slots."""
 
-    def __init__(self, config, D):
+    def __init__(self, config, gemma):
         super().__init__()
-        self.config = config
+        self.config, D = config, gemma.config.hidden_size
+        some = gemma.embed(torch.arange(107, min(4096, gemma.config.vocab_size), device=gemma.device)).float()
+        self.register_buffer("size", some.pow(2).mean().sqrt())            # RMS of an embedding as the layers see it
         width = D * (2 if config.gist_after else 1)                        # F: features of a token
         self.gnn = EpisodicMemoryGNN(width, config.heads, config.key_dim, use_graph=config.graph)
         self.query = nn.Linear(width, config.heads * config.key_dim, bias=False)
+        with torch.no_grad():
+            self.query.weight.copy_(self.gnn.own.weight)                   # starts by looking for turns like the question
         if config.slots > 1:
             self.worth = nn.Linear(width, config.slots)                    # of each token to each slot
             self.place = nn.Parameter(torch.zeros(config.slots, 64))       # and of its place in the turn
-            # Slot k starts with the k-th share of a turn: in order, so that words stay apart.
+            # They start with a few tokens each, in order, so that a turn's words stand in the prompt, as well as K slots can say them.
+            share, place = max(1.0, 24 / config.slots), torch.arange(64)
             with torch.no_grad():
-                self.place.copy_(-0.5 * (torch.arange(64) / 2 - torch.arange(config.slots)[:, None]) ** 2)
+                self.place.copy_(-8 * ((place - (share - 1) / 2 - share * torch.arange(config.slots)[:, None]) / share) ** 2)
+                self.worth.weight.mul_(0.1)
         self.value_map = nn.Parameter(torch.eye(D).repeat(config.slots, 1, 1))     # (K, D, D): slots start as embeddings that the base knows
         self.view, self.log_weights, self.slots = None, None, None
 
@@ -127,8 +133,10 @@ class PrefixInjection(nn.Module, Injection):
         log_weights = self.gnn.log_weights(query.view(len(keys), -1, heads, query.shape[-1]), keys, valid, valid.sum(1)).flatten(0, 1)
         # Earlier questions answer nothing: to look at them is to find nothing.
         self.log_weights = torch.cat((log_weights[..., :N], log_weights[..., N:].logsumexp(-1, keepdim=True)), -1)
-        weights = log_weights[..., :-1].exp().mean(1).view(G, S, -1)
-        return torch.einsum("gsn,gnkd->gskd", weights.to(held.dtype), held).flatten(0, 1)
+        # Null is for refusing. What is put before the prompt is as large as embeddings are, however little of it was found.
+        weights = log_weights[..., :-1].exp().mean(1).view(G, S, -1).to(held.dtype)
+        found = torch.einsum("gsn,gnkd->gskd", weights, held).flatten(0, 1)
+        return F.rms_norm(found, found.shape[-1:], eps=1e-12) * self.size
 
     def heads(self, x):
         return x.unflatten(-1, (self.config.heads, -1))                    # (..., H * C) -> (..., H, C)
@@ -165,7 +173,7 @@ class PrefixMemory(Told):
         super().__init__(gemma, tokenizer, config, base_name)
         if self.config.gist_after > len(gemma.layers):
             raise InputError(f"expected gist_after to be one of the base's {len(gemma.layers)} layers, or 0, got {self.config.gist_after}.")
-        self.injection = PrefixInjection(self.config, gemma.config.hidden_size).to(gemma.device)
+        self.injection = PrefixInjection(self.config, gemma).to(gemma.device)
         self.facts_layer = self.config.gist_after
 
     # -- turns
