@@ -1,5 +1,6 @@
 """The learned bank: its matrices, its few bits, its router, and how it sits in a Gemma."""
 
+import copy
 import math
 
 import pytest
@@ -208,6 +209,33 @@ def test_no_position_sees_its_future(base, routing):
         for marked in (None, PROMPT):
             one, two = base(IDS, None, marked, injection=model), base(other, None, marked, injection=model)
             torch.testing.assert_close(one[:, :4], two[:, :4], rtol=1e-4, atol=1e-4)
+
+
+def test_routing_may_change_when_asking(base):
+    """Catches a router whose kind is fixed when it is made: what was trained one way may be asked another."""
+    model = bank(base, chapters=4)
+    with torch.no_grad():
+        said = []
+        for model.config.routing in ("sequence", "rolling", "token", "hybrid"):
+            model.config.window = 2
+            said.append(base(IDS, None, PROMPT, injection=model))
+    assert all(not torch.equal(a, b) for i, a in enumerate(said) for b in said[:i])
+    question = PROMPT.bool()[..., None]
+    torch.testing.assert_close(said[3][question.expand_as(said[3])], said[0][question.expand_as(said[0])], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(chapters=4, top_k=2), dict(rank=4, projection_rank=3, storage="int4")], ids=str)
+def test_half_precision(base, options):
+    """Catches tensors of two types that meet, as on a GPU: bfloat16 weights, or autocast while training."""
+    model = bank(base, **options)
+    exact = base(IDS, None, PROMPT, injection=model)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = base(IDS, None, PROMPT, injection=model)
+        (mixed.float().sum() + model.losses()[0]).backward()
+    half = copy.deepcopy(base).to(torch.bfloat16)(IDS, None, PROMPT, injection=model)
+    assert half.dtype == torch.bfloat16
+    for other in (mixed, half):
+        assert torch.corrcoef(torch.stack((other.float().flatten(), exact.flatten())))[0, 1] > 0.98
 
 
 def test_orders_differ_and_vanilla_is_the_base(base):

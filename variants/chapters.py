@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gemma import BOS, Injection, InputError, RMSNorm
-from variants.lora import LoRA, LoraConfig, LoraMemory, option
+from variants.lora import LoRA, LoraConfig, LoraMemory, expect, option
 
 BITS = {"float": None, "int8": 8, "int4": 4}
 
@@ -51,7 +51,8 @@ class ChaptersConfig(LoraConfig):
     chapters: int = option(1, "C: parts of a bank that a router chooses among; 1: all of it is read, without a router")
     top_k: int = option(1, "k: chapters that are read; 1 is the sparse mode")
     routing: str = option("sequence", "what the router looks at: the mean over the prompt (sequence), over the last --window tokens (rolling), "
-                                      "each token alone (token), or sequence for the prompt and rolling for what is generated (hybrid)")
+                                      "each token alone (token), or sequence for the prompt and rolling for what is generated (hybrid); "
+                                      "a trained bank may be asked by another: change it in memory.json, or in model.config")
     window: int = option(16, "tokens that rolling looks back on, itself included")
     balance: float = option(0.01, "weight of Switch Transformer's load-balance loss: chapters are chosen equally often")
     auxiliary: float = option(0.0, "weight of the importance loss (https://arxiv.org/abs/1701.06538): chapters get equal probability, chosen or not")
@@ -63,19 +64,16 @@ class ChaptersConfig(LoraConfig):
 
     def check(self, source):
         super().check(source)
-        def expect(good, what, got):
-            if not good:
-                raise InputError(f"{source}: expected {what}, got {str(got)[:40]}.")
-        for name, least, most in (("bank", 1, 1 << 22), ("width", 0, 1 << 14), ("rank", 0, 1 << 14), ("projection_rank", 0, 1 << 14),
-                                  ("heads", 1, 256), ("head_dim", 1, 4096), ("chapters", 1, 4096), ("top_k", 1, 4096), ("window", 1, 1 << 16)):
-            expect(least <= getattr(self, name) <= most, f"{name} from {least} to {most}", getattr(self, name))
+        for name, least, most in (("bank", 1, 1 << 18), ("width", 0, 4096), ("rank", 0, 4096), ("projection_rank", 0, 4096), ("heads", 1, 64),
+                                  ("head_dim", 1, 512), ("chapters", 1, 4096), ("top_k", 1, 4096), ("window", 1, 1 << 16)):
+            expect(source, least <= getattr(self, name) <= most, f"{name} from {least} to {most}", getattr(self, name))
         for name, choices in (("order", "A B"), ("routing", "sequence rolling token hybrid"), ("storage", "float int8 int4")):
-            expect(getattr(self, name) in choices.split(), f"{name} to be one of {choices}", repr(getattr(self, name)))
+            expect(source, getattr(self, name) in choices.split(), f"{name} to be one of {choices}", repr(getattr(self, name)))
         for name in ("balance", "auxiliary", "z_loss", "bank_lr", "router_lr"):
-            expect(0 <= getattr(self, name) < 1e6, f"{name} to be an ordinary number of at least 0", getattr(self, name))
-        expect(self.bank % self.chapters == 0, f"bank to be a multiple of the {self.chapters} chapters", self.bank)
-        expect(self.top_k <= self.chapters, f"top_k of at most the {self.chapters} chapters", self.top_k)
-        expect(groups(self.sharing, 1), "sharing to be one, layer or every:K", repr(self.sharing))
+            expect(source, 0 <= getattr(self, name) < 1e6, f"{name} to be an ordinary number of at least 0", getattr(self, name))
+        expect(source, self.bank % self.chapters == 0, f"bank to be a multiple of the {self.chapters} chapters", self.bank)
+        expect(source, self.top_k <= self.chapters, f"top_k of at most the {self.chapters} chapters", self.top_k)
+        expect(source, groups(self.sharing, 1), "sharing to be one, layer or every:K", repr(self.sharing))
 
 
 def placed(placement, layers):
@@ -190,7 +188,6 @@ class Matrix(nn.Module):
 class Route(NamedTuple):
     """Where rows are sent."""
 
-    logits: torch.Tensor             # (decisions, C) float32, of real tokens alone: what the losses are about
     chosen: torch.Tensor             # (R, k) chapters, the likeliest first
     log_share: torch.Tensor          # (R, k) log of their probability
 
@@ -260,8 +257,7 @@ class Reader(nn.Module):
         else:
             # One chapter at a time, for those rows alone that chose it. Softmax over a union of chapters is their softmaxes
             # weighted by each one's sum of exponentials.
-            parts, sums = [], []
-            row, slot = [], []
+            parts, sums, row, slot = [], [], [], []
             for chapter in range(self.config.chapters):
                 rows, slots = (route.chosen == chapter).nonzero(as_tuple=True)
                 if len(rows):
@@ -286,7 +282,7 @@ class Chapters(nn.Module, Injection):
         self.banks = nn.ModuleList(Matrix(config.bank, config.width or hidden_size, config.rank, 1.0, BITS[config.storage])
                                    for _ in range(max(shared, default=-1) + 1))
         self.readers = nn.ModuleDict({str(layer): Reader(config, hidden_size, bank) for layer, bank in zip(where, shared)})
-        self.logits = []
+        self.logits = []                                                   # of the last pass: (decisions, C) for each layer that routes
 
     def parameter_groups(self):
         """[(parameters, multiple of the learning rate)] of bank, router, LoRA, and the readers."""
@@ -328,11 +324,12 @@ class Chapters(nn.Module, Injection):
         B, T, _ = h.shape
         h = reader.norm(h)
         state = self.state(layer, h)                                       # (B, T, D), or (B, 1, D): one for the whole row
-        logits = reader.router(state).float()                              # (B, T or 1, C)
+        with torch.autocast(h.device.type, enabled=False):                 # small differences between chapters decide: float32
+            logits = reader.router(state)                                  # (B, T or 1, C)
         self.logits.append(logits[self.spoken] if logits.shape[1] == T else logits[:, 0])
         best = logits.log_softmax(-1).topk(self.config.top_k)
         whole = lambda x: x.expand(B, T, -1).flatten(0, 1)
-        return Route(self.logits[-1], whole(best.indices), whole(best.values))
+        return Route(whole(best.indices), whole(best.values))
 
     def state(self, layer, h):
         """What the router looks at, never later than the token it decides for, except inside of a prompt."""

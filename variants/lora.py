@@ -30,6 +30,12 @@ def option(default, text):
     return field(default=default, metadata={"help": text})
 
 
+def expect(source, good, what, got):
+    """Raise InputError unless a setting is good."""
+    if not good:
+        raise InputError(f"{source}: expected {what}, got {str(got)[:40]}.")
+
+
 @dataclass
 class LoraConfig(TaughtConfig):
     """What is adapted, and how much. Each field says why one would change it."""
@@ -42,15 +48,12 @@ class LoraConfig(TaughtConfig):
 
     def check(self, source):
         super().check(source)
-        def expect(good, what, got):
-            if not good:
-                raise InputError(f"{source}: expected {what}, got {str(got)[:40]}.")
-        expect(0 <= self.lora_rank <= 4096, "lora_rank from 0 to 4096", self.lora_rank)
-        expect(0 <= self.lora_dropout < 1, "lora_dropout from 0 to below 1", self.lora_dropout)
-        expect(abs(self.lora_alpha) < 1e6, "lora_alpha to be an ordinary number", self.lora_alpha)
-        expect(0 <= self.lora_lr < 1e6, "lora_lr to be an ordinary number of at least 0", self.lora_lr)
+        expect(source, 0 <= self.lora_rank <= 1024, "lora_rank from 0 to 1024", self.lora_rank)
+        expect(source, 0 <= self.lora_dropout < 1, "lora_dropout from 0 to below 1", self.lora_dropout)
+        expect(source, abs(self.lora_alpha) < 1e6, "lora_alpha to be an ordinary number", self.lora_alpha)
+        expect(source, 0 <= self.lora_lr < 1e6, "lora_lr to be an ordinary number of at least 0", self.lora_lr)
         named = {*PROJECTIONS, *sum(PROJECTIONS.values(), ())}
-        expect(set(self.lora_targets.split(",")) <= named, f"lora_targets of {', '.join(sorted(named))}, with commas", repr(self.lora_targets))
+        expect(source, set(self.lora_targets.split(",")) <= named, f"lora_targets of {', '.join(sorted(named))}, with commas", repr(self.lora_targets))
 
 
 class Adapter(nn.Module):
