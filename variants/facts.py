@@ -10,6 +10,8 @@ A facts file has one fact a line: a sentence as it is, or a JSON object, which c
 `facts` are wordings of it; `questions` are trained, with the answer; `unseen` ones are asked afterwards alone. A model that was
 trained on one wording of a fact repeats that wording and answers no question about it (https://arxiv.org/abs/2309.14316).
 So a fact that is drawn comes in several wordings and questions, and its unseen questions have templates by somebody else.
+Where a file has no unseen questions, train.py measures those that were trained; where it has sentences alone, whether they are
+finished after their first half.
 """
 
 import json
