@@ -130,9 +130,11 @@ def why(model, at_most=5, told=lambda episode: ""):
     Mean over the heads; where the question was put in several hops, the hop in which the episode's share was largest.
     """
     graph = model.memory_graph
+    if not model.told:
+        return [f"nothing that it was told: the variant {model.variant} answers from what it was trained on"]
     if not len(graph):
         return ["nothing is remembered"]
-    hops = [model.weights(hop)[0].tolist() for hop in range(model.config.hops)]                      # each (N + 1,), null last
+    hops = [model.weights(hop)[0].tolist() for hop in range(getattr(model.config, "hops", 1))]      # each (N + 1,), null last
     shares = sorted(zip(map(max, zip(*hops)), graph.ids, graph.texts), key=lambda row: -row[0])
     bar = lambda share, label, text: f"{share:5.0%} {'█' * round(20 * share):░<20} {label:>4}  {text}"
     return [*(bar(share, i, told(i) + one_line(text)) for share, i, text in shares[:at_most] if share >= 0.005),
@@ -206,16 +208,22 @@ def main(arguments=None):
     facts = read_facts(args.memory) if args.memory is not None else []
 
     from gemma import InputError
-    from memory import GemmaWithMemory
     try:
         import torch
-        model = GemmaWithMemory.from_pretrained(args.model, args.base, dtype=args.dtype and getattr(torch, args.dtype), device=args.device)
+        import variants
+        model = variants.load(args.model, args.base, dtype=args.dtype and getattr(torch, args.dtype), device=args.device)
         if args.session is not None:
+            if model.variant != "graph":
+                raise InputError(f"expected a graph memory for --session, got the variant {model.variant}; give its facts with --memory.")
             from extras.session import converse
             return converse(model, args)
-        if args.memory is not None:
+        if args.memory is not None and not model.told:
+            print(f"note: --memory is ignored: the variant {model.variant} answers from what it was trained on.", file=sys.stderr)
+        elif args.memory is not None and model.variant == "graph":
             from extras.episode_cache import remember_file
             remember_file(model, facts, args.memory, args.model)
+        elif args.memory is not None:
+            model.add_to_memory(facts, progress=True)
         if args.question is None:
             return talk(model, args)
         answer(model, args.question, args)

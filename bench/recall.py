@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import variants
 from bench.common import Parser, commit, hardware, out_folder, percent, plotting, run, save_figure, share, table
 from data_gen import FEWEST_FACTS, World, open_vocabulary
 from gemma import PAD, InputError, KVCache, check_device, read_json, write_json
-from memory import SHIPPED, GemmaWithMemory, MemoryView, TokenStore
+from memory import SHIPPED, MemoryView, TokenStore
 
 PARTS = ("recall", "refusal", "edits", "locality", "controls")
 ANSWERABLE = ("lookup", "update", "coreference", "two_hop", "list")
@@ -69,23 +70,26 @@ def memories(world, N, kind, questions):
 
 
 def remember(model, facts):
-    """Fill the memory with these facts alone. Returns a snapshot of it that can be asked later, see `ask`."""
+    """Fill the memory with these facts alone, if it is told any. Returns a snapshot of it that can be asked later, see `ask`."""
     model.clear_memory()
-    model.add_to_memory(facts)
+    if model.told:
+        model.add_to_memory(facts)
     return snapshot(model)
 
 
 def snapshot(model):
-    """The memory as it is now, as the injection layer sees it: a MemoryView, which later writes leave alone."""
+    """The memory as it is now, as the injection layer sees it: a MemoryView, which later writes leave alone. None if there is none."""
     with torch.no_grad():
         model._open()
-    return model.injection.view
+    return model.injection.view if model.told else None
 
 
 def side_by_side(views):
     """The MemoryViews of R memories as one of G = R, so that each row of a batch reads a memory of its own."""
     if all(view is views[0] for view in views):
         return views[0]
+    if not isinstance(views[0], MemoryView):                       # of another design
+        return views[0].side_by_side(views)
     distinct = {id(view): view for view in views}
     N, first, total = max(view.valid.shape[1] for view in views), {}, 0
     for name, view in distinct.items():
@@ -111,21 +115,27 @@ def ask(model, cell, batch=64, max_new_tokens=None):
     rows take as long as sixty. Questions with long answers go together, so that short ones need not wait for them.
     """
     rows = [(view, q, len(model.tokenizer.encode(q["answer"], bos=False))) for view, asked in cell for q in asked]
-    replies, threshold, own = [None] * len(rows), model.config.null_threshold, model._open
+    replies, threshold, own = [None] * len(rows), threshold_of(model), model._open
     order = sorted(range(len(rows)), key=lambda i: rows[i][2])
     model.config.null_threshold = math.inf
     try:
         while order:
             view, part = rows[order[0]][0], order[:batch]
-            if len(part) * view.valid.shape[1] > 30_000:           # large ones by themselves: their keys are not to be copied
+            if view is not None and len(part) * view.valid.shape[1] > 30_000:   # large ones by themselves: their keys are not to be copied
                 part = [i for i in order if rows[i][0] is view][:batch]
             taken = set(part)
             order = [i for i in order if i not in taken]
             together = side_by_side([rows[i][0] for i in part])
-            model._open = lambda: vars(model.injection).update(view=together, reading=None)
+            if together is not None:
+                model._open = lambda: vars(model.injection).update(view=together, reading=None)
             said = model.answer([rows[i][1]["question"] for i in part],
                                 max_new_tokens=max_new_tokens or room_for(max(rows[i][2] for i in part)))
-            weights = model.weights().float()                                              # (B, N + 1)
+            weights = model.weights()                                                      # (B, N + 1)
+            if weights is None:                                    # a design that doesn't say what it drew on, and never refuses
+                for i, text in zip(part, said):
+                    replies[i] = Reply(rows[i][1], text)
+                continue
+            weights = weights.float()
             best = weights[:, :-1].topk(min(5, weights.shape[1] - 1)).indices.tolist()
             for i, text, null, top in zip(part, said, weights[:, -1].tolist(), best):
                 # The last fact of two hops holds the answer; the first only leads there.
@@ -135,6 +145,11 @@ def ask(model, cell, batch=64, max_new_tokens=None):
     finally:
         model.config.null_threshold, model._open = threshold, own
     return replies
+
+
+def threshold_of(model):
+    """Above which null weight `answer` refuses; a design without one never does."""
+    return getattr(model.config, "null_threshold", math.inf)
 
 
 def summary(replies, threshold):
@@ -391,7 +406,7 @@ class Bench:
 
     @property
     def threshold(self):
-        return self.model.config.null_threshold
+        return threshold_of(self.model)
 
     def drawn(self, N, kind, phrasings=None):
         """A cell: its memories, a list of (facts, asked), and the replies to all questions in order.
@@ -400,6 +415,9 @@ class Bench:
         """
         if (N, kind, phrasings) in self.kept:
             return self.kept[N, kind, phrasings]
+        if hasattr(self.model, "taught"):                          # what was trained in: questions as in training, and in words that it never saw
+            asked = self.model.taught()["train" if phrasings else "held_out"][:4 * self.args.questions]
+            return None, self.ask([(None, [{"support": [], "kind": kind, **q} for q in asked])])
         cell = list(memories(self.world("test", N, kind, phrasings=phrasings), N, kind, self.args.questions))
         replies = self.ask([(remember(self.model, facts), asked) for facts, asked in cell])
         if kind == "lookup" and not phrasings:
@@ -410,6 +428,10 @@ class Bench:
 
     def recall(self):
         rows = self.result["recall"] = []
+        if hasattr(self.model, "taught"):
+            for phrasings in (None, "train"):
+                yield f"what was trained in{', as in training' if phrasings else ''}", self.recall_job(rows, self.model.config.known, "lookup", phrasings)
+            return
         for N in self.args.sizes:
             for kind, phrasings in [(kind, None) for kind in ANSWERABLE] + [("lookup", "train")]:
                 if N >= FEWEST_FACTS[kind]:
@@ -812,7 +834,9 @@ def parse_arguments(arguments):
 def main(arguments=None):
     args = parse_arguments(arguments)
     check_device(args.device)
-    model = GemmaWithMemory.from_pretrained(args.model, args.base, device=args.device)
+    model = variants.load(args.model, args.base, device=args.device)
+    if not model.told and args.only != ["recall"]:
+        raise InputError(f"expected --only recall for the variant {model.variant}, to which nothing can be told, got {','.join(args.only)}.")
     head = dict(command="python -m bench.recall " + " ".join(sys.argv[1:] if arguments is None else arguments), model=args.model,
                 commit=commit(), hardware=hardware(args.device), seed=args.seed, questions=args.questions, trained=model.trained)
     result = {**head, **Bench(model, args).run()}

@@ -6,6 +6,11 @@ A Gemma 3 in every respect but size: 12 layers of both types, grouped attention,
 tokens at Gemma's ids, and the official file layout, so that gemma.py loads it like any other. Its world is data_gen.py's:
 documents of facts, chatter, and questions answered from the facts above them, with values from everywhere. So it learns the
 one thing a memory builds on, to copy an answer out of its context; it knows nothing of the world at large.
+
+    python -m tiny.pretrain --chapters variants/configs/chapters.json --out out/tiny-bank
+
+gives it a learned bank (variants/chapters.py) from the first step, which is saved in the folder `chapters` inside; with
+"vanilla": true in the file, the same run without.
 """
 
 import argparse
@@ -15,6 +20,7 @@ import math
 import re
 import sys
 import time
+from dataclasses import asdict
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -25,7 +31,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data_gen import World, open_vocabulary
-from gemma import BOS, EOS, PAD, Gemma, GemmaConfig, InputError, Tokenizer, check_device, replacing, write_json
+from extras.settings import from_file
+from gemma import BOS, EOS, PAD, Gemma, GemmaConfig, InputError, Tokenizer, check_device, replacing
+from train import TrainConfig
+from variants.chapters import ChapterMemory, ChaptersConfig
 
 CONFIG = dict(
     model_type="gemma3_text", vocab_size=4096, hidden_size=192, intermediate_size=352, num_hidden_layers=12,
@@ -87,6 +96,67 @@ def make_tokenizer(out, texts):
         temporary.write_bytes(model.getvalue())
 
 
+def chapters_config(path):
+    """The bank's part of a config file of train.py. Raises InputError for a LoRA: there is nothing yet that it could adapt."""
+    settings, defaults = from_file(path, TrainConfig, ChaptersConfig), asdict(ChaptersConfig())
+    config = ChaptersConfig.from_dict({**defaults, **{name: settings[name] for name in settings.keys() & defaults.keys()}}, path)
+    if config.lora_rank:
+        raise InputError(f"{path}: expected lora_rank 0 where the base itself is trained, got {config.lora_rank}; leave it out.")
+    return config
+
+
+def pretrain(config, data, options, bank_config=None):
+    """Train a Gemma of this config on `data`, a stream of ids (all,), with a bank beside it if there is a config for one.
+
+    Saves both in options.out; its other fields are those of the command line.
+    """
+    out, device = Path(options.out), data.device
+    model = Gemma(config).to(device)
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            # The embedding is multiplied by sqrt(D) and is the output head too: small, or the first losses explode.
+            torch.nn.init.normal_(p, std=0.02 if "o_proj" not in name and "down_proj" not in name else 0.02 / math.sqrt(2 * config.num_hidden_layers))
+    bank, groups = None, [(list(model.parameters()), 1.0)]
+    if bank_config is not None:
+        bank = ChapterMemory(model, Tokenizer(out), bank_config, str(out))
+        groups += bank.parameter_groups()
+        model.requires_grad_(True)                                         # a memory freezes its base
+    injection = bank.injection if bank is not None else None
+    parameters = [p for group, _ in groups for p in group]
+    optimizer = torch.optim.AdamW([dict(params=some, factor=factor, weight_decay=decay) for group, factor in groups for some, decay in
+                                   (([p for p in group if p.ndim > 1], 0.05), ([p for p in group if p.ndim == 1], 0.0)) if some],
+                                  lr=options.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
+    run = torch.compile(model) if device.type == "cuda" and injection is None else model
+    generator = torch.Generator(device).manual_seed(options.seed)
+    started, lines = time.time(), []
+    bar = tqdm(range(options.steps), desc="pretraining", unit="step")
+    for step in bar:
+        rate = options.lr * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / options.steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        start = torch.randint(len(data) - LENGTH - 1, (options.batch, 1), generator=generator, device=device)
+        block = data[start + torch.arange(LENGTH + 1, device=device)].long()
+        block[:, 0] = BOS
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = run(block[:, :-1], injection=injection)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), block[:, 1:].flatten())
+            if bank is not None:
+                loss = loss + bank.losses()[0]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 100 == 0 or step + 1 == options.steps:
+            lines.append(json.dumps(dict(step=step + 1, loss=round(loss.item(), 4), seconds=round(time.time() - started, 1))))
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.save_pretrained(out)
+    if bank is not None:
+        bank.save_pretrained(out / "chapters")
+    with replacing(out / "pretrain.jsonl") as temporary:
+        temporary.write_text(json.dumps(dict(vars(options), tokens=len(data), device=torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+                                             parameters=sum(p.numel() for p in parameters))) + "\n" + "\n".join(lines) + "\n")
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="example: python -m tiny.pretrain --out out/tiny")
     parser.add_argument("--out", default="out/tiny", help="folder for config.json, model.safetensors, tokenizer.model, pretrain.jsonl")
@@ -95,10 +165,12 @@ def main(arguments=None):
     parser.add_argument("--batch", type=int, default=128, help=f"blocks of {LENGTH} tokens a step")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--workers", type=int, default=8, help="processes that draw text; the text does not depend on it")
+    parser.add_argument("--chapters", metavar="FILE", help="a JSON file of settings of variants/chapters.py: train the base with such a bank")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     out, device = Path(options.out), check_device(options.device)
+    bank_config = chapters_config(options.chapters) if options.chapters else None
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
@@ -113,44 +185,11 @@ def main(arguments=None):
     print(f"{len(data):,} tokens of text", file=sys.stderr)
 
     # 2. Weights.
-    config = GemmaConfig.from_dict(CONFIG)
-    model = Gemma(config).to(device)
-    for name, p in model.named_parameters():
-        if p.ndim > 1:
-            # The embedding is multiplied by sqrt(D) and is the output head too: small, or the first losses explode.
-            torch.nn.init.normal_(p, std=0.02 if "o_proj" not in name and "down_proj" not in name else 0.02 / math.sqrt(2 * config.num_hidden_layers))
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
-                                   {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}],
-                                  lr=options.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
-    run = torch.compile(model) if device.type == "cuda" else model
-    generator = torch.Generator(device).manual_seed(options.seed)
-    started, lines = time.time(), []
-    bar = tqdm(range(options.steps), desc="pretraining", unit="step")
-    for step in bar:
-        rate = options.lr * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / options.steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        start = torch.randint(len(data) - LENGTH - 1, (options.batch, 1), generator=generator, device=device)
-        block = data[start + torch.arange(LENGTH + 1, device=device)].long()
-        block[:, 0] = BOS
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = run(block[:, :-1])
-            loss = F.cross_entropy(logits.float().flatten(0, 1), block[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 100 == 0 or step + 1 == options.steps:
-            lines.append(json.dumps(dict(step=step + 1, loss=round(loss.item(), 4), seconds=round(time.time() - started, 1))))
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    model.save_pretrained(out)
-    with replacing(out / "pretrain.jsonl") as temporary:
-        temporary.write_text(json.dumps(dict(vars(options), tokens=len(data), device=torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-                                             parameters=sum(p.numel() for p in parameters))) + "\n" + "\n".join(lines) + "\n")
+    pretrain(GemmaConfig.from_dict(CONFIG), data, options, bank_config)
 
     # 3. Does it answer from its prompt? Held-out people and values, four facts.
     model = Gemma.from_pretrained(out, device=device)
+    injection = ChapterMemory.from_pretrained(out / "chapters", device=device).injection if options.chapters else None
     tokenizer = Tokenizer(out)
     newline = tokenizer.encode("\n", bos=False)
     for phrasings in ("train", "test"):
@@ -160,7 +199,7 @@ def main(arguments=None):
         longest = max(map(len, prompts))
         ids = torch.tensor([[PAD] * (longest - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        made = model.generate(ids, max_new_tokens=24, attention_mask=mask, stop=(EOS, *newline))[:, longest:].tolist()
+        made = model.generate(ids, max_new_tokens=24, attention_mask=mask, stop=(EOS, *newline), injection=injection)[:, longest:].tolist()
         said = [tokenizer.decode([t for t in row if t not in (PAD, EOS)]).split("\n")[0].strip() for row in made]
         right = sum(text == e["answer"] for text, e in zip(said, examples))
         print(f"answers from 4 facts in its prompt, unseen people and values, {phrasings} phrasings: {right / 2.56:.1f}% of 256")

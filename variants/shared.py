@@ -1,0 +1,195 @@
+"""What the designs share: the turns they were told, and how those that are told facts are trained."""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from extras.pool import autocast, groups, judged, pools as draw_pools, summary, wanted
+from gemma import InputError, Places
+from memory import MemoryModel
+
+
+class Turns:
+    """Texts in the order they were told, with their ids, and what a design keeps of each (`kept`)."""
+
+    def __init__(self):
+        self.next_id = 0
+        self.clear()
+
+    def __len__(self):
+        return len(self.ids)
+
+    def clear(self):
+        self.ids, self.texts, self.kept = [], [], []
+
+    def add(self, texts, kept):
+        """Append turns; returns their ids."""
+        new = list(range(self.next_id, self.next_id + len(texts)))
+        self.next_id += len(texts)
+        self.ids, self.texts, self.kept = self.ids + new, self.texts + texts, self.kept + kept
+        return new
+
+    def forget(self, turn_id):
+        """Remove a turn. Raises InputError for an unknown id."""
+        if turn_id not in self.ids:
+            raise InputError(f"expected the id of a stored episode, got {turn_id!r}; recall() lists them.")
+        row = self.ids.index(turn_id)
+        del self.ids[row], self.texts[row], self.kept[row]
+
+
+class TrainedIn(MemoryModel):
+    """A design whose facts are trained in: nothing can be told to it."""
+
+    told = False
+
+    def __init__(self, gemma, tokenizer, config=None, base_name=None):
+        super().__init__(gemma, tokenizer, config, base_name)
+        self.memory_graph = Turns()                                        # stays empty
+
+    def add_to_memory(self, *text, **options):
+        raise InputError(f"expected a memory that facts can be told to, got the variant {self.variant}, which knows what it was trained on.")
+
+    forget = add_to_memory
+
+    def clear_memory(self):
+        """Nothing was told, so nothing is forgotten."""
+
+    def recall(self, text, top_k=5):
+        return [], 0.0
+
+
+class Told(MemoryModel):
+    """A design that is told facts, and keeps something of each. It says what in `keep`, and in `make_view` what its injection
+    sees of that."""
+
+    def __init__(self, gemma, tokenizer, config=None, base_name=None):
+        super().__init__(gemma, tokenizer, config, base_name)
+        self.memory_graph, self.view = Turns(), None
+
+    def keep(self, turns):
+        """Token ids (lists, each with <bos>) -> what is kept of each turn: a list."""
+        raise NotImplementedError
+
+    def make_view(self):
+        """What the injection sees of the turns that are stored, of which there is at least one."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def add_to_memory(self, text, progress=False):
+        """Remember a text, or a list of texts, each as one turn. Returns its id, or the list of ids in order.
+
+        Raises InputError, with nothing stored, for an empty text, one that is no str, or one longer than the context.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        encoded, kept = [self.token_ids(t) for t in texts], []
+        with tqdm(total=len(texts), desc="remembering", unit="fact", disable=not progress, file=sys.stderr, leave=False, delay=2) as bar:
+            for start in range(0, len(encoded), 64):
+                kept += self.keep(encoded[start:start + 64])
+                bar.update(len(kept) - bar.n)
+        self.view = None
+        new = self.memory_graph.add(texts, kept)
+        return new[0] if isinstance(text, str) else new
+
+    def forget(self, turn_id):
+        """Remove one turn. Raises InputError for an unknown id."""
+        self.view = None
+        self.memory_graph.forget(turn_id)
+
+    def clear_memory(self):
+        self.view = None
+        self.memory_graph.clear()
+
+    def train(self, mode=True):
+        super().train(mode)
+        if len(self.memory_graph):                                         # training changed what they are kept by
+            self.memory_graph.kept = [kept for text in self.memory_graph.texts for kept in self.keep([self.token_ids(text)])]
+        self.view = None
+        return self
+
+    def _open(self):
+        if self.view is None and len(self.memory_graph):
+            with torch.no_grad():
+                self.view = self.make_view()
+        self.injection.view = self.view
+
+    def set_statistics(self, pool):
+        """Before training: save what the turns of a pool look like on average, if it matters."""
+
+    def arranged(self, asked):
+        """The questions of a batch (an extras.pool.Asked) as this design puts them to the base."""
+        return asked
+
+    def states(self, input_ids, attention_mask, question_mask, last=None):
+        """The last layer's states (B, T, D), or those after `last`, with what the injection adds."""
+        injection = self.injection
+        injection.begin(input_ids, attention_mask, question_mask, None)
+        places = Places(self.gemma.config, *input_ids.shape, attention_mask, None, input_ids.device)
+        return self.gemma.run_layers(injection.on_embeddings(self.gemma.embed(input_ids)), places, 1, last, injection=injection)
+
+    @torch.no_grad()
+    def recall(self, text, top_k=5):
+        """Which turns a question draws on: ([(id, weight, text), ...] best first, null weight). Generates nothing."""
+        if not len(self.memory_graph):
+            return [], 1.0
+        next(self.stream(self.batch([text])[0], max_new_tokens=1))
+        return self.best(top_k)
+
+
+class PoolLesson:
+    """Questions about memories that are drawn from a pool (see extras/pool.py), answered through all layers of the base.
+
+    The design says in `facts_layer` up to which layer the pool runs its facts, and in `view_of(pool, batch)` what its
+    injection sees of the memories of a batch; there `log_weights` (R, ..., N + 1), if it has such, are held to the right turn.
+    """
+
+    def __init__(self, model, settings, pools=None, progress=True):
+        self.model, self.settings, self.layers = model, settings, []
+        self.pool, self.held_out = pools or draw_pools(model, settings, progress, layers=(model.facts_layer, 0))
+        model.set_statistics(self.pool)
+
+    def forward(self, pool, batch, silent=False):
+        """One batch -> logits and targets where answers are spoken, and what was found. silent: nothing is remembered."""
+        model = self.model
+        model.injection.view = None if silent else model.view_of(pool, batch)
+        asked = pool.questions(batch, self.settings.tokens)
+        asked = asked if silent else model.arranged(asked)
+        out = asked.answers(model.gemma, model.states(asked.ids, asked.real, asked.question))
+        return dict(out, log_weights=None if silent else model.injection.log_weights)
+
+    def loss(self, N, generator):
+        settings = self.settings
+        batch = self.pool.draw(groups(settings.batch, N), settings.batch, N, settings.unknown, settings.text, generator)
+        out = self.forward(self.pool, batch)
+        answer_loss = F.cross_entropy(out["logits"].float(), out["targets"])
+        retrieval = retrieval_loss(batch, out["log_weights"])
+        return dict(loss=answer_loss + settings.retrieval * retrieval, answer_loss=answer_loss, retrieval_loss=retrieval)
+
+    def evaluate(self, silent=False, **options):
+        model = self.model.eval()
+
+        def score(batch):
+            out = self.forward(self.held_out, batch, silent)
+            weights = out["log_weights"]
+            if weights is None:
+                nothing = torch.zeros(len(batch["known"]), device=out["row"].device)
+                return judged(batch, out, nothing.long() - 1, nothing)
+            weights = weights.exp().flatten(1, -2).mean(1)                                     # (R, N + 1)
+            return judged(batch, out, weights[:, :-1].argmax(1), weights[:, -1])
+        try:
+            return summary(model, self.held_out, self.settings, score, **options)
+        finally:
+            model._open()
+
+
+def retrieval_loss(batch, log_weights):
+    """- log of the attention on the turns that hold the answer, or on null: log_weights (R, ..., N + 1), mean over the rest.
+
+    A question of two facts needs both at once: here nothing is asked twice.
+    """
+    target = torch.zeros(len(log_weights), log_weights.shape[-1], dtype=torch.bool, device=log_weights.device)
+    for hop in range(2):
+        target |= wanted(batch, hop, 2, log_weights.shape[-1] - 1)
+    log_weights = log_weights.flatten(1, -2)
+    return -log_weights.masked_fill(~target[:, None], -torch.inf).logsumexp(-1).mean()
