@@ -74,14 +74,18 @@ def converse_in_child(model, folder):
     theirs, notes = os.pipe()
     child = os.fork()
     if not child:
-        os.close(ours)
-        os.close(theirs)
-        sys.stdin, sys.stderr = open(lines, encoding="utf-8"), open(notes, "w", encoding="utf-8")
-        chat = Chat(model, folder, progress=False)
-        print("open", file=sys.stderr, flush=True)
-        generate.talk(model, argparse.Namespace(why=False), chat)
-        chat.keep()
-        os._exit(0)
+        try:
+            os.close(ours)
+            os.close(theirs)
+            sys.stdin, sys.stderr = open(lines, encoding="utf-8"), open(notes, "w", encoding="utf-8")
+            chat = Chat(model, folder, progress=False)
+            print("open", file=sys.stderr, flush=True)
+            generate.talk(model, argparse.Namespace(why=False), chat)
+            chat.keep()
+        except BaseException as error:                                     # whatever happens, the copy ends here
+            print(f"error: {error!r}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(0)
     os.close(lines)
     os.close(notes)
     return child, open(ours, "w", encoding="utf-8"), open(theirs, encoding="utf-8")
