@@ -99,7 +99,7 @@ def kill_once(model, folder, scratch, rng):
     child, lines, notes = converse_in_child(model, folder)
     lines.write("".join(line + "\n" for line, _ in script))
     lines.close()
-    said = [notes.readline().rstrip("\n") for _ in range(rng.choice([0, rng.randrange(60)]))]
+    said = [notes.readline().rstrip("\n") for _ in range(rng.choice([0, *[rng.randrange(1, 60)] * 4]))]
     time.sleep(rng.uniform(0, 0.02))
     os.kill(child, signal.SIGKILL)
     said += notes.read().splitlines()

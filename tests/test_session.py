@@ -332,6 +332,22 @@ def test_a_folder_that_can_not_hold_a_cache(toy, folder, monkeypatch):
     assert opened(toy, folder).model.answer(QUESTION) == answer(toy, FACTS)
 
 
+def test_sessions_know_nothing_of_each_other(toy, folder, tmp_path):
+    """Catches a cache, a model or a file that carries facts from one session into another: also where it was copied there."""
+    chats = []
+    for name, facts in (("one", FACTS[:5]), ("two", FACTS[3:])):
+        chat = opened(toy, tmp_path / name)
+        chat.session.tell(facts)
+        chat.sync()
+        chat.keep()
+        chats.append(chat)
+    chats[0].cache.replace(chats[1].cache)
+    again = opened(toy, tmp_path / "two").model
+    assert again.memory_graph.texts == chats[1].model.memory_graph.texts == FACTS[3:]
+    assert again.answer(QUESTION) == chats[1].model.answer(QUESTION) == answer(toy, FACTS[3:])
+    assert chats[0].model.answer(QUESTION) == answer(toy, FACTS[:5])
+
+
 def test_training_after_a_cache(toy, model):
     """Catches a memory from a cache that can't be trained, or keys that aren't made anew from the changed weights."""
     remember(model, range(len(FACTS)), FACTS, Known.of(model.memory_graph))
