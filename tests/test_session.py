@@ -255,7 +255,7 @@ def test_only_what_is_new_is_encoded(toy, folder, monkeypatch):
     encoded, encode = [], GemmaWithMemory.encode
     monkeypatch.setattr(GemmaWithMemory, "encode", lambda self, facts, *rest: (encoded.extend(facts), encode(self, facts, *rest))[1])
     changes = [(lambda: session.forget([3]), 0), (lambda: session.edit(1, "Tom's code is 7."), 1), (session.undo, 1), (session.undo, 1),
-               (lambda: session.tell(["Last."]), 1), (lambda: session.tell(["Last."]), 0)]
+               (lambda: session.tell(["Last."]), 1), (lambda: session.tell(["Last."]), 1)]
     for change, count in changes:
         encoded.clear()
         change()
@@ -449,6 +449,20 @@ def test_what_is_remembered(run, folder, mode, stored):
 def test_questions(line, question):
     """Catches a question without its mark that is stored, and a fact that starts like a question and isn't."""
     assert is_question(line) is question
+
+
+def test_more_than_the_machine_can_hold(toy, folder, monkeypatch):
+    """Catches a conversation that tries for ever to remember what does not fit, and an import that is stored before it is refused."""
+    chat, lines = opened(toy, folder), []
+    (folder / "facts.txt").write_text("Maria lives in Lisbon.\n" * 20_000)
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 << 20 if name == "SC_PHYS_PAGES" else 4)     # a machine of 4 MB
+    with pytest.raises(InputError, match="20,000 that need"):
+        chat.handles(f"/import {folder / 'facts.txt'}", lines.append)
+    assert chat.session.live() == []
+    monkeypatch.setattr(os, "sysconf", lambda name: 1)
+    chat.session.tell(FACTS)
+    with pytest.raises(InputError, match="8 that need"):
+        chat.sync()
 
 
 def test_what_the_model_can_not_take(run, folder):
