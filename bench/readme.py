@@ -87,9 +87,9 @@ def survival(_):
     def row(name, what, found):
         r = result(name)
         where.append((r["hardware"], r["seconds"]))
-        rows.append([what, f"`{r['command']}`", found(r)])
-    row("kills", "training killed and resumed", lambda r: f"{r['kills']} kills in {r['runs']} runs, {r['while_writing']} of them inside the writing of a file: "
-        f"{r['other_end']} runs ended otherwise than the one that was never killed, to the bit; {r['memory_that_does_not_open']} times the folder held no memory that opens")
+        rows.append(f"- {what} (`{r['command']}`): {found(r)}")
+    row("kills", "training killed and resumed", lambda r: f"{r['kills']} kills, {r['while_writing']} of them inside the writing of a file; of {r['runs']} runs "
+        f"{r['other_end']} ended with other bits than the one that was never killed; {r['memory_that_does_not_open']} times the folder held a memory that does not open")
     row("sessions-kills-tiny", "conversations killed", lambda r: f"{r['kills']} kills, {r['acknowledged']:,} changes acknowledged, {r['lost']} lost; every session opened")
     row("sessions-flips-tiny", "each byte of a session and of its cache damaged", lambda r: f"of {r['bytes']} bytes of text {r['noted']} left out one line and said so, "
         f"{r['as_edited']} were another valid text, {r['unchanged']} nothing; of {r['cache_bytes']:,} of the cache {r['cache_refused']:,} had it made anew, {r['cache_the_same']:,} changed no tensor")
@@ -100,7 +100,7 @@ def survival(_):
     for model in ("tiny", "gemma-3-270m"):
         row(f"sessions-evening-{model}", "a fact, other turns, a new process", lambda r: f"after {r['turns']} turns: “{r['answer']}”")
     assert len({hardware for hardware, _ in where}) == 1, "measured on one machine"
-    return f"{where[0][0]}, {sum(seconds for _, seconds in where) / 60:.0f} minutes.\n\n" + table(["what", "command", "found"], rows, left=3)
+    return f"{where[0][0]}, {sum(seconds for _, seconds in where) / 60:.0f} minutes.\n\n" + "\n".join(rows)
 
 
 def large(r):
