@@ -218,8 +218,8 @@ print(json.dumps(dict(model_s=round(loaded - start, 2), session_s=round(opened -
 """
 
 
-def large(name, facts, folder):
-    """Import `facts` facts by the command line, then open the session again, three times. Returns a dict.
+def large(name, facts, folder, times=3):
+    """Import `facts` facts by the command line, then open the session again, so many times. Returns a dict.
 
     The load average (processes that wanted a processor in the last minute) says how far the seconds are to be trusted."""
     rng, folder = random.Random(0), Path(folder)
@@ -232,7 +232,7 @@ def large(name, facts, folder):
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     sizes = {path: (session / path).stat().st_size / facts for path in ("episodes.jsonl", "cache.safetensors")}
     opened = [json.loads(subprocess.run([sys.executable, "-c", OPEN, session, name], capture_output=True, text=True, cwd=ROOT, check=True).stdout)
-              for _ in range(3)]
+              for _ in range(times)]
     return dict(facts=facts, import_s=round(imported), import_cpu_s=round(used.ru_utime + used.ru_stime), import_peak_GB=round(used.ru_maxrss / 2 ** 20, 1),
                 import_load=round(load, 1), bytes_per_fact={k: round(v) for k, v in sizes.items()}, opened=opened, opened_load=round(os.getloadavg()[0], 1))
 
