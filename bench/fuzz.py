@@ -510,7 +510,7 @@ def watch(target, context, seed, numbers, minutes, out):
             if not hung and worker.exitcode == 0:                          # no more cases
                 return outcomes, troubles
             trouble(now.value, f"more than {SECONDS} s" if hung else f"the process died ({worker.exitcode})", "")
-            numbers, worker, used = range(now.value + 1, sys.maxsize) if len(numbers) > 1 else [], None, 0.0
+            numbers, worker, used = range(now.value + 1, numbers.stop), None, 0.0
     if worker is not None:                                                 # the last case may have ended it
         worker.kill()
         worker.join()
@@ -523,12 +523,15 @@ def main(arguments=None):
                     epilog="example: python -m bench.fuzz --target loaders --minutes 10")
     parser.add_argument("--target", choices=list(TARGETS), required=True, help="what to give spoilt inputs to")
     parser.add_argument("--minutes", type=float, default=10, help="how long (default 10)")
+    parser.add_argument("--cases", type=int, help="how many, however long they take, instead of --minutes")
     parser.add_argument("--seed", type=int, default=0, help="of every case (default 0)")
     parser.add_argument("--case", type=int, help="run the case of this number alone")
     parser.add_argument("--out", type=Path, help="folder for what led to trouble, and fuzz.json (default out/fuzz-TARGET)")
     args = parser.parse_args(arguments)
     out, started = out_folder(args.out, "fuzz", args.target), time.time()
-    numbers, minutes = (range(sys.maxsize), args.minutes) if args.case is None else ([args.case], 1e9)
+    numbers, minutes = range(sys.maxsize), args.minutes
+    if args.case is not None or args.cases is not None:
+        numbers, minutes = range(args.cases) if args.case is None else range(args.case, args.case + 1), 1e9
     with tempfile.TemporaryDirectory() as folder:
         model, optimizer = small_model(Path(folder))
         small_session(model, Path(folder) / "session")

@@ -116,6 +116,38 @@ def code(file, name):
     return "```python\n" + textwrap.dedent("\n".join(lines)) + "\n```"
 
 
+def survival(_):
+    """What sessions and training survived: kills, damaged bytes, fuzzing; a large session; a fact told long ago."""
+    def result(name):
+        return json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    rows, where = [], []
+
+    def row(name, what, found):
+        r = result(name)
+        where.append((r["hardware"], r["seconds"]))
+        rows.append(f"- {what} (`{r['command']}`): {found(r)}")
+    row("kills", "training killed and resumed", lambda r: f"{r['kills']} kills, {r['while_writing']} of them inside the writing of a file; of {r['runs']} runs "
+        f"{r['other_end']} ended with other bits than the one that was never killed; {r['memory_that_does_not_open']} times the folder held a memory that does not open")
+    row("sessions-kills-tiny", "conversations killed", lambda r: f"{r['kills']} kills, {r['acknowledged']:,} changes acknowledged, {r['lost']} lost; every session opened")
+    row("sessions-flips-tiny", "each byte of a session and of its cache damaged", lambda r: f"of {r['bytes']} bytes of text {r['noted']} left out one line and said so, "
+        f"{r['as_edited']} were another valid text, {r['unchanged']} nothing; of {r['cache_bytes']:,} of the cache {r['cache_refused']:,} had it made anew, {r['cache_the_same']:,} changed no tensor")
+    for target in ("loaders", "tokenizer", "facts", "store"):
+        row(f"fuzz-{target}", f"spoilt input: {target}", lambda r: f"{r['cases']:,} cases: " + ", ".join(f"{n:,} {what}" for what, n in sorted(r["outcomes"].items()))
+            + ("" if "trouble" in r["outcomes"] else "; no trouble"))
+    row("sessions-large-tiny", "100,000 facts", large)
+    for model in ("tiny", "gemma-3-270m"):
+        row(f"sessions-evening-{model}", "a fact, other turns, a new process", lambda r: f"after {r['turns']} turns: “{r['answer']}”")
+    assert len({hardware for hardware, _ in where}) == 1, "measured on one machine"
+    return f"{where[0][0]}, {sum(seconds for _, seconds in where) / 60:.0f} minutes.\n\n" + "\n".join(rows)
+
+
+def large(r):
+    spread = lambda name: f"{min(o[name] for o in r['opened'])}–{max(o[name] for o in r['opened'])} s"
+    return (f"imported in {r['import_s']} s ({r['import_cpu_s']} s of processor time, load average {r['import_load']}), at most {r['import_peak_GB']} GB; "
+            f"{r['bytes_per_fact']['episodes.jsonl']} bytes a fact of text and {r['bytes_per_fact']['cache.safetensors']:,} of cache; opened again in {spread('session_s')} "
+            f"({spread('session_cpu_s')} of processor time, load average {r['opened_load']}), the first answer {spread('first_answer_s')}, the next {spread('next_answer_s')}")
+
+
 def filled(text):
     """The text of a page with every block of figures and code made anew."""
     text = re.sub(r"<!-- code: (\S+) (\S+) -->.*?<!-- end -->", lambda match: f"<!-- code: {match[1]} {match[2]} -->\n{code(match[1], match[2])}\n<!-- end -->",
@@ -123,7 +155,7 @@ def filled(text):
 
     def block(match):
         what, _, name = match[1].partition(" ")
-        return f"<!-- figures: {match[1]} -->\n{dict(recall=recall, refusal=refusal, edits=edits, natural=natural, training=training, default=default, ladder=ladder)[what](name)}\n<!-- end -->"
+        return f"<!-- figures: {match[1]} -->\n{dict(recall=recall, refusal=refusal, edits=edits, natural=natural, training=training, default=default, ladder=ladder, survival=survival)[what](name)}\n<!-- end -->"
     return re.sub(r"<!-- figures: ([\w. -]+?) -->.*?<!-- end -->", block, text, flags=re.S)
 
 

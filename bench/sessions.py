@@ -74,14 +74,18 @@ def converse_in_child(model, folder):
     theirs, notes = os.pipe()
     child = os.fork()
     if not child:
-        os.close(ours)
-        os.close(theirs)
-        sys.stdin, sys.stderr = open(lines, encoding="utf-8"), open(notes, "w", encoding="utf-8")
-        chat = Chat(model, folder, progress=False)
-        print("open", file=sys.stderr, flush=True)
-        generate.talk(model, argparse.Namespace(why=False), chat)
-        chat.keep()
-        os._exit(0)
+        try:
+            os.close(ours)
+            os.close(theirs)
+            sys.stdin, sys.stderr = open(lines, encoding="utf-8"), open(notes, "w", encoding="utf-8")
+            chat = Chat(model, folder, progress=False)
+            print("open", file=sys.stderr, flush=True)
+            generate.talk(model, argparse.Namespace(why=False), chat)
+            chat.keep()
+        except BaseException as error:                                     # whatever happens, the copy ends here
+            print(f"error: {error!r}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(0)
     os.close(lines)
     os.close(notes)
     return child, open(ours, "w", encoding="utf-8"), open(theirs, encoding="utf-8")
@@ -95,7 +99,7 @@ def kill_once(model, folder, scratch, rng):
     child, lines, notes = converse_in_child(model, folder)
     lines.write("".join(line + "\n" for line, _ in script))
     lines.close()
-    said = [notes.readline().rstrip("\n") for _ in range(rng.choice([0, rng.randrange(60)]))]
+    said = [notes.readline().rstrip("\n") for _ in range(rng.choice([0, *[rng.randrange(1, 60)] * 4]))]
     time.sleep(rng.uniform(0, 0.02))
     os.kill(child, signal.SIGKILL)
     said += notes.read().splitlines()
@@ -214,8 +218,8 @@ print(json.dumps(dict(model_s=round(loaded - start, 2), session_s=round(opened -
 """
 
 
-def large(name, facts, folder):
-    """Import `facts` facts by the command line, then open the session again, three times. Returns a dict.
+def large(name, facts, folder, times=3):
+    """Import `facts` facts by the command line, then open the session again, so many times. Returns a dict.
 
     The load average (processes that wanted a processor in the last minute) says how far the seconds are to be trusted."""
     rng, folder = random.Random(0), Path(folder)
@@ -228,7 +232,7 @@ def large(name, facts, folder):
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     sizes = {path: (session / path).stat().st_size / facts for path in ("episodes.jsonl", "cache.safetensors")}
     opened = [json.loads(subprocess.run([sys.executable, "-c", OPEN, session, name], capture_output=True, text=True, cwd=ROOT, check=True).stdout)
-              for _ in range(3)]
+              for _ in range(times)]
     return dict(facts=facts, import_s=round(imported), import_cpu_s=round(used.ru_utime + used.ru_stime), import_peak_GB=round(used.ru_maxrss / 2 ** 20, 1),
                 import_load=round(load, 1), bytes_per_fact={k: round(v) for k, v in sizes.items()}, opened=opened, opened_load=round(os.getloadavg()[0], 1))
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 import generate
 from extras.episode_cache import Known, fill, keep, model_key, remember
 from gemma import InputError
+from memory import PART
 
 WAIT = 30                            # seconds for another writer to finish
 LARGEST_ID = 10 ** 15
@@ -243,16 +244,22 @@ class Chat:
         """Make the model's memory what the session says."""
         graph = self.model.memory_graph
         live = [episode for episode in self.session.live() if episode not in self.left_out]
-        while self.held is None or live != list(zip(graph.ids, graph.texts)):
+        while self.held is None or live != (now := list(zip(graph.ids, graph.texts))):
             ids, texts = [i for i, _ in live], [text for _, text in live]
             try:
                 if self.held is None:
                     self.held = fill(self.model, ids, texts, self.cache, self.key, self.progress)
+                elif live[:len(now)] == now and len(live) - len(now) < PART:   # told a little more: the rest stays where it is
+                    self.model.add_to_memory(texts[len(now):])
+                    graph.ids, graph.next_id = ids, max(graph.next_id, ids[-1] + 1)
                 else:
                     remember(self.model, ids, texts, Known.of(graph), self.progress)
             except InputError:
                 self.leave_out(live)
-                live = [episode for episode in live if episode not in self.left_out]
+                rest = [episode for episode in live if episode not in self.left_out]
+                if rest == live:                                           # it is all of them that are too much
+                    raise
+                live = rest
 
     def leave_out(self, live):
         """Find the episodes that the model can't take, which only an editor or another model's session can have put there."""

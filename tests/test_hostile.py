@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,10 +254,10 @@ def test_two_memories_on_one_base_know_nothing_of_each_other(folder):
 # ---------------------------------------------------------------------------------------------------------------- fuzzing
 
 @pytest.mark.parametrize("target", list(fuzz.TARGETS))
-def test_some_seconds_of_fuzzing(target, tmp_path):
+def test_some_fuzzing(target, tmp_path):
     """Catches whatever the long form would find soon."""
-    result = fuzz.main(["--target", target, "--minutes", "0.1", "--seed", "100", "--out", str(tmp_path / "out")])
-    assert result["cases"] > 10 and result["troubles"] == {}
+    result = fuzz.main(["--target", target, "--cases", "40", "--seed", "100", "--out", str(tmp_path / "out")])
+    assert result["cases"] == 40 and result["troubles"] == {}
 
 
 @pytest.mark.parametrize("planted, says", [
@@ -267,7 +268,7 @@ def test_trouble_is_reported_with_its_input(planted, says, tmp_path, monkeypatch
     make, check = fuzz.TARGETS["tokenizer"]
     monkeypatch.setattr(fuzz, "SECONDS", 1)
     monkeypatch.setitem(fuzz.TARGETS, "tokenizer", (make, lambda folder, context: planted() if "\\u200b" in (folder / "texts.json").read_text() else check(folder, context)))
-    result = fuzz.main(["--target", "tokenizer", "--minutes", "0.06", "--out", str(tmp_path / "out")])
+    result = fuzz.main(["--target", "tokenizer", "--cases", "8", "--out", str(tmp_path / "out")])
     (number, what), *_ = result["troubles"].items()
     assert says in what and result["outcomes"]["trouble"] and result["outcomes"]["text stayed text"] and f"case-{number}: " in capsys.readouterr().out
     assert "\\u200b" in (tmp_path / "out" / f"case-{number}" / "input" / "texts.json").read_text()
@@ -304,40 +305,68 @@ def test_kills_notices_another_end(tmp_path, monkeypatch):
     assert kills.main(["--kills", "1", "--out", str(tmp_path / "out")])["other_end"] == 1
 
 
-@pytest.fixture
-def command(tmp_path):
-    base = toy_base(tmp_path / "base")
-    return [sys.executable, str(ROOT / "train.py"), "--model", str(base), "--device", "cpu", "--batch", "128", "--facts", "8", "--bundles", "60", "--inject-after", "2",
-            "--key-dim", "8", "--token-key-dim", "8", "--tokens", "80", "--out", str(tmp_path / "out")]
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """What to train with, but for --out."""
+    base = toy_base(tmp_path_factory.mktemp("base"))
+    return ["--model", str(base), "--device", "cpu", "--batch", "16", "--facts", "8", "--bundles", "60", "--inject-after", "2", "--key-dim", "8", "--token-key-dim", "8", "--tokens", "80"]
 
 
-def test_ctrl_c_says_how_to_go_on(command, tmp_path):
+@pytest.fixture(scope="module")
+def trained(command, tmp_path_factory):
+    """The folder of a run of one step, to be copied."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        few_questions(patch)
+        train.main([*command, "--steps", "1", "--out", str(folder)])
+    return folder
+
+
+def few_questions(patch):
+    """Evaluations are short: it is the files that are tested here."""
+    evaluate = train.evaluate
+    patch.setattr(train, "evaluate", lambda *inputs, **options: evaluate(*inputs, **{**options, "questions": 8}))
+
+
+def test_ctrl_c_says_how_to_go_on(command, tmp_path, monkeypatch, capsys):
     """Catches a traceback, and a checkpoint that is gone: the run goes on from it."""
-    run = subprocess.Popen([*command, "--steps", "100000", "--eval-every", "100000"], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=tmp_path,
-                           preexec_fn=interruptible)
+    out = tmp_path / "out"
+    run = subprocess.Popen([sys.executable, ROOT / "train.py", *command, "--out", out, "--steps", "100000", "--eval-every", "100000"], stderr=subprocess.PIPE, text=True,
+                           env=ENVIRONMENT, preexec_fn=interruptible)
     try:
-        while not (tmp_path / "out" / "log.jsonl").is_file():
+        while not (out / "log.jsonl").is_file():
             assert run.poll() is None, run.stderr.read()
             time.sleep(0.05)
-        (tmp_path / "out" / ".half.1.tmp").write_text("left by a kill")
+        (out / ".half.1.tmp").write_text("left by a kill")
         run.send_signal(signal.SIGINT)
-        said = run.communicate(timeout=60)[1]
+        said = run.communicate(timeout=600)[1]
     finally:
         run.kill()
     assert run.returncode == 130 and "Traceback" not in said and "--resume goes on" in said.splitlines()[-1]
-    done = subprocess.run([*command, "--steps", "2", "--resume"], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=120)
-    assert done.returncode == 0 and "trained 2 steps" in done.stderr
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"memory.json", "memory.safetensors", "checkpoint.safetensors", "log.jsonl"}
+    few_questions(monkeypatch)
+    train.main([*command, "--out", str(out), "--steps", "2", "--resume"])
+    assert "trained 2 steps" in capsys.readouterr().err
+    assert {p.name for p in out.iterdir()} == {"memory.json", "memory.safetensors", "checkpoint.safetensors", "log.jsonl"}
 
 
-def test_a_full_disk_is_a_sentence(command, tmp_path):
+def test_a_full_disk_is_a_sentence(command, trained, tmp_path, monkeypatch):
     """Catches a traceback, half a file, and a good checkpoint that is overwritten with it."""
-    subprocess.run([*command, "--steps", "2"], capture_output=True, env=ENVIRONMENT, cwd=tmp_path, timeout=120, check=True)
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    done = subprocess.run([*command, "--steps", "4", "--eval-every", "1", "--resume"], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=120, preexec_fn=limit)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "make room" in done.stderr
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    out = shutil.copytree(trained, tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    few_questions(monkeypatch)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def filling(*inputs):                                                  # the disk is full once training begins
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        return schedule(*inputs)
+    schedule = train.schedule
+    monkeypatch.setattr(train, "schedule", filling)
+    try:
+        with pytest.raises(InputError, match="make room"):
+            train.main([*command, "--out", str(out), "--steps", "3", "--eval-every", "1", "--resume"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
 def test_a_file_that_cannot_be_written_stays(tmp_path):
@@ -375,10 +404,10 @@ def test_the_count_of_broken_steps_is_resumed(tmp_path):
     assert train.load_checkpoint(folder, model, optimizer) == dict(step=7, best=None, seconds=2.5, broken=4, skipped=6)
 
 
-def test_a_damaged_log_is_named(command, tmp_path):
+def test_a_damaged_log_is_named(command, trained, tmp_path):
     """Catches a traceback at --resume, which does not need the log."""
-    subprocess.run([*command, "--steps", "1"], capture_output=True, env=ENVIRONMENT, cwd=tmp_path, timeout=120, check=True)
+    out = shutil.copytree(trained, tmp_path / "out")
     for blob in (b"\xff", b"{}\n"):
-        (tmp_path / "out" / "log.jsonl").write_bytes(blob)
-        done = subprocess.run([*command, "--steps", "2", "--resume"], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=120)
-        assert done.returncode == 2 and "Traceback" not in done.stderr and "log.jsonl" in done.stderr
+        (out / "log.jsonl").write_bytes(blob)
+        with pytest.raises(InputError, match="log.jsonl"):
+            train.main([*command, "--out", str(out), "--steps", "2", "--resume"])
