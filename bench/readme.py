@@ -7,6 +7,7 @@ copied there), and the logs of the shipped memories. Replaces what stands betwee
 
 import argparse
 import ast
+import functools
 import json
 import re
 import sys
@@ -87,15 +88,26 @@ def ladder(_):
     return table(["", "rung", "what changed"], [[d.number, d.name, d.what] for d in designs() if d.group == LADDER], left=3)
 
 
+@functools.lru_cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def find(file, name):
     """The syntax tree of what `name` ("Class.method", say) stands for in a file of this repository: where it is first said, on the
-    top level, in a class, or as self.name in a method. Raises InputError if it isn't there."""
-    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    top level, in a class or one that it comes from, or as self.name in a method. Raises InputError if it isn't there."""
+    tree = top = parsed(ROOT / file)
     for part in name.split("."):
-        attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)] if isinstance(tree, ast.ClassDef) else []
-        said = [(node, target) for node in tree.body for target in names(node)] + [(node, node.attr) for node in attributes
-                if isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self"]
-        tree = next((node for node, target in said if target == part), None)
+        tree, classes = None, [tree]
+        while tree is None and classes:
+            scope = classes.pop(0)
+            said = [(node, target) for node in getattr(scope, "body", ()) for target in names(node)]
+            if isinstance(scope, ast.ClassDef):
+                said += [(node, node.attr) for node in ast.walk(scope) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+                         and isinstance(node.value, ast.Name) and node.value.id == "self"]
+                bases = {base.id for base in scope.bases if isinstance(base, ast.Name)}
+                classes += [node for node in top.body if isinstance(node, ast.ClassDef) and node.name in bases]
+            tree = next((node for node, target in said if target == part), None)
         if tree is None:
             raise InputError(f"expected {name} in {file}, but there is no {part}; find out what became of it.")
     return tree

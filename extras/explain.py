@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from gemma import replacing
-from memory import DONT_KNOW
+from gemma import InputError, replacing
+from memory import DONT_KNOW, MemoryInjectionLayer
 
 TEMPLATE = Path(__file__).with_name("explain.html")
 LIKELY = 5                           # next tokens that are shown, of those with and of those without the memory
@@ -31,7 +31,10 @@ def trace(model, question):
 
     The tokens are those that were generated; all else comes from two passes over question and answer, one with the memory
     and one without. In both, every token is followed by the one that was said, so the two differ by the memory alone.
+    Raises InputError for a memory of another design.
     """
+    if not isinstance(model.injection, MemoryInjectionLayer):
+        raise InputError(f"expected a graph memory for --explain, got {type(model).__name__}; leave --explain out.")
     graph, config, said = model.memory_graph, model.config, model.answered[0]
     result = dict(question=" ".join(question.split()), threshold=config.null_threshold, heads=config.heads, total=len(graph),
                   refusal=DONT_KNOW, refused=True, null=1.0, facts=[], hops=[], pieces={}, steps=[])

@@ -110,6 +110,14 @@ def test_other_designs(load, tmp_path, options):
     assert len(found["hops"]) == options.get("hops", 2) and found["steps"] and json.dumps(found)
 
 
+def test_another_memory_is_refused(load):
+    """Catches a traceback for a memory that reads in another way."""
+    model = load()
+    model.injection = torch.nn.Identity()
+    with pytest.raises(InputError, match="graph memory"):
+        explain.trace(model, QUESTION)
+
+
 def test_refused_sampled_and_empty(load):
     """Catches an answer that is made up where there was none, and one that was drawn anew for the page."""
     nothing = explained(load())

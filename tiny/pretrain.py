@@ -168,6 +168,7 @@ def main(arguments=None):
     parser.add_argument("--chapters", metavar="FILE", help="a JSON file of settings of variants/chapters.py: train the base with such a bank")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="a few parts of the text and few questions: does it run?")
     options = parser.parse_args(arguments)
     out, device = Path(options.out), check_device(options.device)
     bank_config = chapters_config(options.chapters) if options.chapters else None
@@ -176,11 +177,11 @@ def main(arguments=None):
     torch.set_float32_matmul_precision("high")
 
     # 1. Text and tokenizer. Each of 64 parts has a seed of its own, so the number of processes changes nothing.
-    part = max(1, options.documents // 64)
+    part, parts, questions = max(1, options.documents // 64), 2 if options.quick else 64, 16 if options.quick else 256
     with Pool(options.workers) as processes:
-        make_tokenizer(out, sum(processes.map(documents, [(options.seed * 1000 + 500 + i, min(part, 300), (), list("abcdefghijklmnopqrstuvwxyz 0123456789")) for i in range(64)]), []))
-        tasks = [(options.seed * 1000 + i, part, str(out)) for i in range(64)]
-        ids = np.concatenate(list(tqdm(processes.imap(tokenized, tasks), total=64, desc="drawing text", unit="part")))
+        make_tokenizer(out, sum(processes.map(documents, [(options.seed * 1000 + 500 + i, min(part, 300), (), list("abcdefghijklmnopqrstuvwxyz 0123456789")) for i in range(parts)]), []))
+        tasks = [(options.seed * 1000 + i, part, str(out)) for i in range(parts)]
+        ids = np.concatenate(list(tqdm(processes.imap(tokenized, tasks), total=parts, desc="drawing text", unit="part")))
     data = torch.from_numpy(ids.astype(np.int16)).to(device)
     print(f"{len(data):,} tokens of text", file=sys.stderr)
 
@@ -194,7 +195,7 @@ def main(arguments=None):
     newline = tokenizer.encode("\n", bos=False)
     for phrasings in ("train", "test"):
         world = World("test", options.seed, open_vocabulary(tokenizer), phrasings)
-        examples = [world.example(4, "lookup") for _ in range(256)]
+        examples = [world.example(4, "lookup") for _ in range(questions)]
         prompts = [tokenizer.encode("\n".join(e["facts"]) + f"\nQuestion: {e['question']}\nAnswer:") for e in examples]
         longest = max(map(len, prompts))
         ids = torch.tensor([[PAD] * (longest - len(p)) + p for p in prompts], device=device)
@@ -202,7 +203,7 @@ def main(arguments=None):
         made = model.generate(ids, max_new_tokens=24, attention_mask=mask, stop=(EOS, *newline), injection=injection)[:, longest:].tolist()
         said = [tokenizer.decode([t for t in row if t not in (PAD, EOS)]).split("\n")[0].strip() for row in made]
         right = sum(text == e["answer"] for text, e in zip(said, examples))
-        print(f"answers from 4 facts in its prompt, unseen people and values, {phrasings} phrasings: {right / 2.56:.1f}% of 256")
+        print(f"answers from 4 facts in its prompt, unseen people and values, {phrasings} phrasings: {right / questions:.1%} of {questions}")
 
 
 if __name__ == "__main__":
