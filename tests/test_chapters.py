@@ -135,12 +135,13 @@ def test_chosen_chapters_alone_are_read(base):
         torch.testing.assert_close(reader(h, model.banks[0], route)[0, row], reader.o_proj(expected), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_the_answer_teaches_the_router(base, top_k):
-    """Catches a choice through which no gradient reaches the router: it would learn from its own losses alone."""
+    """Catches a choice through which no gradient reaches the router: it would learn from its own losses alone. With one chapter
+    it comes through the gate; with all of them, whose gate is always 1, through which of them is attended to."""
     model = bank(base, chapters=4, top_k=top_k)
     base(IDS, None, PROMPT, injection=model)[..., 5].sum().backward()
-    assert all(reader.router.weight.grad.abs().sum() > 0 for reader in model.readers.values())
+    assert all(reader.router.weight.grad.abs().sum() > 1e-3 for reader in model.readers.values())
 
 
 def test_rolling_mean_by_hand():
