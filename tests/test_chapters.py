@@ -120,19 +120,24 @@ def test_all_chapters_are_no_routing(base, routing):
 
 
 def test_chosen_chapters_alone_are_read(base):
-    """Catches reading what wasn't chosen, and a gate other than the chosen chapters' share of the probability."""
+    """Catches reading what wasn't chosen, a gate other than the chosen chapters' share of the probability, and a gradient that
+    tells the router of another chapter than the one that was read: here each token's score has its chapter's share added."""
     model = bank(base, chapters=4, top_k=2)
     reader, h = model.readers["1"], torch.randn(1, 3, base.config.hidden_size)
     model.begin(IDS[:1, :3], None, None, None)
     route = model.route(reader, 1, h)
     k, v = reader.keys_and_values(model.banks[0])                          # (C, S, H, c)
+    expected = []
     for row in range(3):
-        chosen = route.chosen[row]
+        chosen, share = route.chosen[row], route.log_share[row]
         q = reader.q_norm(reader.q_proj(reader.norm(h[0, row])).view(2, 8))
-        keys, values = k[chosen].flatten(0, 1), v[chosen].flatten(0, 1)
-        weights = (torch.einsum("hc,shc->hs", q, keys) / 8 ** 0.5).softmax(-1)
-        expected = torch.einsum("hs,shc->hc", weights, values).flatten() * route.log_share[row].exp().sum()
-        torch.testing.assert_close(reader(h, model.banks[0], route)[0, row], reader.o_proj(expected), rtol=1e-4, atol=1e-5)
+        scores = torch.einsum("hc,kshc->hks", q, k[chosen]) / 8 ** 0.5 + (share - share.detach())[:, None]
+        weights = scores.flatten(1).softmax(-1)
+        expected.append(reader.o_proj(torch.einsum("hs,shc->hc", weights, v[chosen].flatten(0, 1)).flatten() * share.exp().sum()))
+    expected, read = torch.stack(expected), reader(h, model.banks[0], route)[0]
+    torch.testing.assert_close(read, expected, rtol=1e-4, atol=1e-5)
+    gradient = lambda out: torch.autograd.grad((out * torch.arange(out.numel()).view_as(out)).sum(), reader.router.weight, retain_graph=True)[0]
+    torch.testing.assert_close(gradient(read), gradient(expected), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
