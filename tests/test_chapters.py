@@ -110,6 +110,18 @@ def test_losses_are_weighted_and_reach_the_router(base):
     assert bank(base).losses() == (0, {})                                  # without chapters there is nothing to balance
 
 
+@pytest.mark.parametrize("routing", ["rolling", "token"])
+def test_losses_are_of_words_alone(base, routing):
+    """Catches padding and <bos> that are balanced among the chapters as if they were read for."""
+    model = bank(base, chapters=4, routing=routing, window=2)
+    with torch.no_grad():
+        base(IDS[:1, :4], injection=model)
+        alone, decisions = model.losses()[0], len(model.logits[0])
+        base(torch.tensor([[0, 0, *IDS[0, :4]]]), torch.tensor([[0, 0, 1, 1, 1, 1]]), injection=model)
+    assert decisions == len(model.logits[0]) == 3
+    torch.testing.assert_close(model.losses()[0], alone)
+
+
 @pytest.mark.parametrize("routing", ["sequence", "rolling", "token", "hybrid"])
 def test_all_chapters_are_no_routing(base, routing):
     """Catches chapters that are normalised one by one, weighted by the router, or put together in the wrong order."""
