@@ -161,6 +161,18 @@ def test_the_answer_teaches_the_router(base, top_k):
     assert all(reader.router.weight.grad.abs().sum() > 1e-3 for reader in model.readers.values())
 
 
+def test_what_the_router_looks_at(base):
+    """Catches <bos>, whose state is an outlier, or an answer in the mean of a prompt; each kind of routing by hand."""
+    h = torch.randn(2, 6, base.config.hidden_size)
+    first, second = h[0, 1:3].mean(0), h[1, 1:4].mean(0)                   # what PROMPT marks, without <bos>
+    model = bank(base, chapters=4, window=2)
+    model.begin(IDS, None, PROMPT, None)
+    torch.testing.assert_close(model.state(1, h)[:, 0], torch.stack((first, second)))
+    model.config.routing = "hybrid"
+    rolling = [h[0, i - 1:i + 1].mean(0) for i in (3, 4, 5)]
+    torch.testing.assert_close(model.state(1, h)[0], torch.stack((torch.zeros_like(first), first, first, *rolling)))
+
+
 def test_rolling_mean_by_hand():
     """Catches a window that is one too long or too short, counts padding, or forgets what came before it."""
     x, mask = torch.arange(1.0, 7.0).view(1, 6, 1), torch.tensor([[False, True, True, False, True, True]])
