@@ -268,6 +268,14 @@ def test_half_precision(base, options):
         assert torch.corrcoef(torch.stack((other.float().flatten(), exact.flatten())))[0, 1] > 0.98
 
 
+def test_bos_and_padding_are_left_alone(base):
+    """Catches reading at <bos>: what is added grows with the state it is added to, and that of <bos> is enormous."""
+    model, h, mask = bank(base), torch.randn(2, 6, base.config.hidden_size), torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]])
+    model.begin(IDS, mask, PROMPT, None)
+    changed = (model.read(1, h) != h).any(-1)
+    assert torch.equal(changed, mask.bool() & (IDS != 2))
+
+
 def test_orders_differ_and_vanilla_is_the_base(base):
     """Catches an order that is read but not used, and a vanilla run that still has something to train."""
     a, b, none = bank(base), bank(base, order="B"), bank(base, vanilla=True)
