@@ -8,7 +8,7 @@ import torch
 
 from gemma import Gemma, InputError, KVCache
 from tests.toy import one_thread, toy_base                                 # noqa: F401
-from variants.chapters import Chapters, ChaptersConfig, Matrix, dequantise, groups, placed, quantise, rolling_mean, router_losses
+from variants.chapters import Chapters, ChaptersConfig, Matrix, Reader, dequantise, groups, placed, quantise, rolling_mean, router_losses
 
 IDS = torch.tensor([[2, 150, 151, 300, 301, 302], [2, 400, 401, 402, 300, 150]])
 PROMPT = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]])
@@ -217,6 +217,17 @@ def test_cached_equals_uncached(base, options):
             parts = [base(whole[:, :6], None, None if marked is None else marked[:, :6], cache, model)]
             parts += [base(whole[:, i:i + 1], None, None, cache, model) for i in range(6, 9)]
             torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_keys_are_worked_out_once_a_request(base, monkeypatch):
+    """Catches a whole bank that is projected anew for every token, and one that a later request finds as it was before."""
+    model, calls, worked_out = bank(base), [], Reader.keys_and_values
+    monkeypatch.setattr(Reader, "keys_and_values", lambda self, bank: calls.append(self) or worked_out(self, bank))
+    first = base.generate(IDS, max_new_tokens=3, stop=(), injection=model)
+    assert len(calls) == len(model.readers) == 4
+    with torch.no_grad():
+        model.banks[0].full.mul_(-1.0)
+    assert not torch.equal(base.generate(IDS, max_new_tokens=3, stop=(), injection=model), first) and len(calls) == 8
 
 
 @pytest.mark.parametrize("options", EVERY, ids=str)
