@@ -8,7 +8,7 @@ import torch
 
 from gemma import Gemma, InputError, KVCache
 from tests.toy import one_thread, toy_base                                 # noqa: F401
-from variants.chapters import Chapters, ChaptersConfig, Matrix, dequantise, groups, placed, quantise, rolling_mean, router_losses
+from variants.chapters import Chapters, ChaptersConfig, Matrix, Reader, dequantise, groups, placed, quantise, rolling_mean, router_losses
 
 IDS = torch.tensor([[2, 150, 151, 300, 301, 302], [2, 400, 401, 402, 300, 150]])
 PROMPT = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]])
@@ -110,6 +110,18 @@ def test_losses_are_weighted_and_reach_the_router(base):
     assert bank(base).losses() == (0, {})                                  # without chapters there is nothing to balance
 
 
+@pytest.mark.parametrize("routing", ["rolling", "token"])
+def test_losses_are_of_words_alone(base, routing):
+    """Catches padding and <bos> that are balanced among the chapters as if they were read for."""
+    model = bank(base, chapters=4, routing=routing, window=2)
+    with torch.no_grad():
+        base(IDS[:1, :4], injection=model)
+        alone, decisions = model.losses()[0], len(model.logits[0])
+        base(torch.tensor([[0, 0, *IDS[0, :4]]]), torch.tensor([[0, 0, 1, 1, 1, 1]]), injection=model)
+    assert decisions == len(model.logits[0]) == 3
+    torch.testing.assert_close(model.losses()[0], alone)
+
+
 @pytest.mark.parametrize("routing", ["sequence", "rolling", "token", "hybrid"])
 def test_all_chapters_are_no_routing(base, routing):
     """Catches chapters that are normalised one by one, weighted by the router, or put together in the wrong order."""
@@ -120,27 +132,45 @@ def test_all_chapters_are_no_routing(base, routing):
 
 
 def test_chosen_chapters_alone_are_read(base):
-    """Catches reading what wasn't chosen, and a gate other than the chosen chapters' share of the probability."""
+    """Catches reading what wasn't chosen, a gate other than the chosen chapters' share of the probability, and a gradient that
+    tells the router of another chapter than the one that was read: here each token's score has its chapter's share added."""
     model = bank(base, chapters=4, top_k=2)
     reader, h = model.readers["1"], torch.randn(1, 3, base.config.hidden_size)
     model.begin(IDS[:1, :3], None, None, None)
     route = model.route(reader, 1, h)
     k, v = reader.keys_and_values(model.banks[0])                          # (C, S, H, c)
+    expected = []
     for row in range(3):
-        chosen = route.chosen[row]
+        chosen, share = route.chosen[row], route.log_share[row]
         q = reader.q_norm(reader.q_proj(reader.norm(h[0, row])).view(2, 8))
-        keys, values = k[chosen].flatten(0, 1), v[chosen].flatten(0, 1)
-        weights = (torch.einsum("hc,shc->hs", q, keys) / 8 ** 0.5).softmax(-1)
-        expected = torch.einsum("hs,shc->hc", weights, values).flatten() * route.log_share[row].exp().sum()
-        torch.testing.assert_close(reader(h, model.banks[0], route)[0, row], reader.o_proj(expected), rtol=1e-4, atol=1e-5)
+        scores = torch.einsum("hc,kshc->hks", q, k[chosen]) / 8 ** 0.5 + (share - share.detach())[:, None]
+        weights = scores.flatten(1).softmax(-1)
+        expected.append(reader.o_proj(torch.einsum("hs,shc->hc", weights, v[chosen].flatten(0, 1)).flatten() * share.exp().sum()))
+    expected, read = torch.stack(expected), reader(h, model.banks[0], route)[0]
+    torch.testing.assert_close(read, expected, rtol=1e-4, atol=1e-5)
+    gradient = lambda out: torch.autograd.grad((out * torch.arange(out.numel()).view_as(out)).sum(), reader.router.weight, retain_graph=True)[0]
+    torch.testing.assert_close(gradient(read), gradient(expected), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_the_answer_teaches_the_router(base, top_k):
-    """Catches a choice through which no gradient reaches the router: it would learn from its own losses alone."""
+    """Catches a choice through which no gradient reaches the router: it would learn from its own losses alone. With one chapter
+    it comes through the gate; with all of them, whose gate is always 1, through which of them is attended to."""
     model = bank(base, chapters=4, top_k=top_k)
     base(IDS, None, PROMPT, injection=model)[..., 5].sum().backward()
-    assert all(reader.router.weight.grad.abs().sum() > 0 for reader in model.readers.values())
+    assert all(reader.router.weight.grad.abs().sum() > 1e-3 for reader in model.readers.values())
+
+
+def test_what_the_router_looks_at(base):
+    """Catches <bos>, whose state is an outlier, or an answer in the mean of a prompt; each kind of routing by hand."""
+    h = torch.randn(2, 6, base.config.hidden_size)
+    first, second = h[0, 1:3].mean(0), h[1, 1:4].mean(0)                   # what PROMPT marks, without <bos>
+    model = bank(base, chapters=4, window=2)
+    model.begin(IDS, None, PROMPT, None)
+    torch.testing.assert_close(model.state(1, h)[:, 0], torch.stack((first, second)))
+    model.config.routing = "hybrid"
+    rolling = [h[0, i - 1:i + 1].mean(0) for i in (3, 4, 5)]
+    torch.testing.assert_close(model.state(1, h)[0], torch.stack((torch.zeros_like(first), first, first, *rolling)))
 
 
 def test_rolling_mean_by_hand():
@@ -187,6 +217,17 @@ def test_cached_equals_uncached(base, options):
             parts = [base(whole[:, :6], None, None if marked is None else marked[:, :6], cache, model)]
             parts += [base(whole[:, i:i + 1], None, None, cache, model) for i in range(6, 9)]
             torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_keys_are_worked_out_once_a_request(base, monkeypatch):
+    """Catches a whole bank that is projected anew for every token, and one that a later request finds as it was before."""
+    model, calls, worked_out = bank(base), [], Reader.keys_and_values
+    monkeypatch.setattr(Reader, "keys_and_values", lambda self, bank: calls.append(self) or worked_out(self, bank))
+    first = base.generate(IDS, max_new_tokens=3, stop=(), injection=model)
+    assert len(calls) == len(model.readers) == 4
+    with torch.no_grad():
+        model.banks[0].full.mul_(-1.0)
+    assert not torch.equal(base.generate(IDS, max_new_tokens=3, stop=(), injection=model), first) and len(calls) == 8
 
 
 @pytest.mark.parametrize("options", EVERY, ids=str)
@@ -236,6 +277,14 @@ def test_half_precision(base, options):
     assert half.dtype == torch.bfloat16
     for other in (mixed, half):
         assert torch.corrcoef(torch.stack((other.float().flatten(), exact.flatten())))[0, 1] > 0.98
+
+
+def test_bos_and_padding_are_left_alone(base):
+    """Catches reading at <bos>: what is added grows with the state it is added to, and that of <bos> is enormous."""
+    model, h, mask = bank(base), torch.randn(2, 6, base.config.hidden_size), torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]])
+    model.begin(IDS, mask, PROMPT, None)
+    changed = (model.read(1, h) != h).any(-1)
+    assert torch.equal(changed, mask.bool() & (IDS != 2))
 
 
 def test_orders_differ_and_vanilla_is_the_base(base):

@@ -12,12 +12,12 @@
                                    └─ k_proj, v_proj ─► attention          ▲
                                                         └─ o_proj ─► post_memory_layernorm
 
-This is the plan in shared/seeds/003. A layer's own q_proj asks with its normalised hidden states, k_proj and v_proj read the
+A layer's own q_proj asks with its normalised hidden states, k_proj and v_proj read the
 packages, and what comes back goes through o_proj, which starts at zero, and a norm of its own. It is added to what the frozen
 self-attention is about to see. Only these projections and norms train. After a response is complete, `generate` archives the
 turn; a fact that is told is a turn without a response. `answer` only asks.
 
-Two things are added to the plan. Each head has a *null* key whose value is nothing, so that it need not listen, and the model
+Two things are added to the plan that this design comes from. Each head has a *null* key whose value is nothing, so that it need not listen, and the model
 can tell that it was not told (`null_threshold`). And the norm has an epsilon of 1: an ordinary one would blow the first tiny
 output of a zero-initialised projection up to full size, in all layers at once.
 
@@ -196,7 +196,7 @@ class CrossAttentionInjection(nn.Module, Injection):
 
 
 class CrossAttentionMemory(Told):
-    variant, Config, Lesson = "cross", CrossConfig, PoolLesson
+    variant, Config, Lesson, with_response = "cross", CrossConfig, PoolLesson, True
 
     def __init__(self, gemma, tokenizer, config=None, base_name=None):
         super().__init__(gemma, tokenizer, config, base_name)
@@ -236,15 +236,3 @@ class CrossAttentionMemory(Told):
             read = torch.zeros(len(rows), valid.shape[1], device=rows.device).scatter_add(1, rows, there.float()) > 0
             batch["known"] &= read.repeat_interleave(len(batch["known"]) // len(read), 0).gather(1, batch["support"])
         return view
-
-    def weights(self, hop=-1):
-        return self.injection.log_weights[:, 0].exp()
-
-    def generate(self, input_ids, max_new_tokens=32, temperature=0.0, attention_mask=None, **options):
-        """Prompt and continuation, (B, T + new), as the plan has it: each turn, with its response, is archived."""
-        made = super().generate(input_ids, max_new_tokens, temperature, attention_mask=attention_mask, **options)
-        real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
-        turns = [[*row[:len(kept)][kept].tolist(), *(t for t in row[len(kept):].tolist() if t != PAD)] for row, kept in zip(made, real)]
-        self.memory_graph.add([self.tokenizer.decode(turn) for turn in turns], self.keep(turns))
-        self.view = None
-        return made

@@ -10,11 +10,11 @@
                 ▼ after the retrieval, or it would find itself                                │
          a new node of the graph                                              Gemma, frozen ──► answer
 
-This is the plan in shared/seeds/002, which `generate` follows to the letter: it takes the prompt's gist, asks the graph, puts
-the answer in front, generates, and remembers the prompt as one more turn. `answer` only asks. A turn's gist is its pooled
-embeddings: one mean by default, and then one vector has to carry a whole sentence, in no order. With --slots K a turn keeps K
-vectors, each pooled by an attention over its tokens that learns what is worth keeping (the first idea of gist tokens,
-https://arxiv.org/abs/2304.08467); --gist-after tells that attention, and the query, what a token means in its sentence.
+`generate` follows the plan that this design comes from to the letter: it takes the prompt's gist, asks the graph, puts what it
+finds in front, generates, and remembers the prompt as one more turn. `answer` only asks. A turn's gist is its pooled embeddings:
+one mean by default, which has to carry a whole sentence, in no order. With --slots K a turn keeps K vectors, each pooled by an
+attention over its tokens that learns what is worth keeping (compare gist tokens, https://arxiv.org/abs/2304.08467);
+--gist-after shows that attention, and the query, what a token means in its sentence.
 
 Letters: G memories of a batch · R questions, R / G to each · N turns · M tokens of a turn · K slots · H heads · D hidden size.
 """
@@ -36,7 +36,7 @@ SLOT = 6                                 # <unused0>: no text ever makes it
 
 @dataclass
 class PrefixConfig(Settings):
-    """What the prefix memory is made of. The plan is the default, except for gist_after."""
+    """What the prefix memory is made of; the defaults are the plan's."""
 
     slots: int = field(default=1, metadata={"help": "K: vectors that are kept of a turn and put before the prompt; 1: the mean of its embeddings"})
     gist_after: int = field(default=0, metadata={"help": "the layer whose states the query and the pooling see beside the embeddings; 0: none"})
@@ -107,7 +107,7 @@ class PrefixInjection(nn.Module, Injection):
         return gist, torch.einsum("pmk,pmd,kde->pke", weights.to(x.dtype), embeddings, self.value_map.to(x.dtype))
 
     def features(self, embeddings, states):
-        """Embeddings, and states at their size (...., D) -> (..., F)."""
+        """(…, D), and (…, D) or None -> (…, F), all tokens of one size."""
         norm = lambda h: F.rms_norm(h.float(), h.shape[-1:])
         return norm(embeddings) if states is None else torch.cat((norm(embeddings), norm(states)), -1)
 
@@ -181,9 +181,8 @@ class PrefixMemory(Told):
     def turns(self, ids, real, states=None):
         """Gists and slot values of turns: ids (P, M), real (P, M) which tokens count, states (P, M, D) if they are known."""
         if states is None and self.config.gist_after:
-            with torch.no_grad():
-                places = Places(self.gemma.config, *ids.shape, real | (ids == BOS), None, ids.device)
-                states = self.gemma.run_layers(self.gemma.embed(ids), places, 1, self.config.gist_after)
+            places = Places(self.gemma.config, *ids.shape, real | (ids == BOS), None, ids.device)
+            states = self.gemma.run_layers(self.gemma.embed(ids), places, 1, self.config.gist_after)
         return self.injection.turns(self.gemma.embed(ids), states, real)
 
     @torch.no_grad()
@@ -197,19 +196,20 @@ class PrefixMemory(Told):
         valid = torch.ones(1, len(gists), dtype=torch.bool, device=gists.device)
         return PrefixView(self.injection.keys(gists[None], valid), values[None], valid)
 
+    def of_pool(self, pool, facts):
+        """As `turns`, of facts (P,) of a pool."""
+        place, real = (x[:, 0] for x in pool.facts.places(facts[:, None]))
+        return self.turns(pool.facts.ids[place], real, pool.facts.keys[place] if self.config.gist_after else None)
+
     def view_of(self, pool, batch):
-        facts, valid = batch["episodes"], batch["valid"]
-        place, real = pool.facts.places(facts.view(-1, 1))
-        place, real = place[:, 0], real[:, 0]                              # (G * N, M)
-        gists, values = self.turns(pool.facts.ids[place], real, pool.facts.keys[place] if self.config.gist_after else None)
+        valid = batch["valid"]
+        gists, values = self.of_pool(pool, batch["episodes"].flatten())    # (G * N, …)
         return PrefixView(self.injection.keys(gists.unflatten(0, valid.shape), valid), values.unflatten(0, valid.shape), valid, self.training)
 
     @torch.no_grad()
     def set_statistics(self, pool):
-        some = torch.arange(0, len(pool.facts.lengths), max(1, len(pool.facts.lengths) // 2000), device=self.gemma.device)
-        place, real = (x[:, 0] for x in pool.facts.places(some[:, None]))
-        gists, _ = self.turns(pool.facts.ids[place], real, pool.facts.keys[place] if self.config.gist_after else None)
-        gnn = self.injection.gnn
+        n, gnn = len(pool.facts.lengths), self.injection.gnn
+        gists, _ = self.of_pool(pool, torch.arange(0, n, max(1, n // 2000), device=self.gemma.device))
         gnn.mean.copy_(gists.mean(0)), gnn.std.copy_(gists.std(0) + 1e-6)
 
     # -- asking
@@ -224,9 +224,6 @@ class PrefixMemory(Told):
         *_, now = self.ask(cut(asked.ids), cut(asked.real), cut(asked.question))
         ids, real, *masks, now = with_slots(asked.ids, asked.real, self.config.slots, asked.spoken, asked.question, asked.answering)
         return Asked(ids, asked.place, real, *masks, asked.longest + self.config.slots)
-
-    def weights(self, hop=-1):
-        return self.injection.log_weights.exp().mean(1)
 
     def batch(self, questions, room=0):
         return super().batch(questions, room + self.config.slots)
@@ -248,12 +245,3 @@ class PrefixMemory(Told):
         with torch.no_grad():
             ids, mask, *_ = self.ask(input_ids, real, real)
         return self.gemma.stream(ids, attention_mask=mask, injection=self.injection, **options)
-
-    def generate(self, input_ids, max_new_tokens=32, temperature=0.0, attention_mask=None, **options):
-        """Prompt and continuation, (B, T + new), as the plan has it: each prompt is remembered once it was answered."""
-        made = super().generate(input_ids, max_new_tokens, temperature, attention_mask=attention_mask, **options)
-        real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
-        turns = [row[kept].tolist() for row, kept in zip(input_ids, real)]
-        self.memory_graph.add([self.tokenizer.decode(turn) for turn in turns], self.keep(turns))
-        self.view = None
-        return made

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from extras.pool import autocast, groups, judged, pools as draw_pools, summary, wanted
-from gemma import InputError, Places
+from extras.pool import groups, judged, pools as draw_pools, summary, wanted
+from gemma import PAD, InputError, Places
 from memory import MemoryModel
 
 
@@ -64,6 +64,8 @@ class Told(MemoryModel):
     """A design that is told facts, and keeps something of each. It says what in `keep`, and in `make_view` what its injection
     sees of that."""
 
+    with_response = False                # is what was answered a part of the turn that `generate` remembers?
+
     def __init__(self, gemma, tokenizer, config=None, base_name=None):
         super().__init__(gemma, tokenizer, config, base_name)
         self.memory_graph, self.view = Turns(), None
@@ -116,6 +118,19 @@ class Told(MemoryModel):
 
     def set_statistics(self, pool):
         """Before training: save what the turns of a pool look like on average, if it matters."""
+
+    def weights(self, hop=-1):
+        weights = self.injection.log_weights                               # (B, …, N + 1)
+        return None if weights is None else weights.exp().flatten(1, -2).mean(1)
+
+    def generate(self, input_ids, max_new_tokens=32, temperature=0.0, **options):
+        """Prompt and continuation, (B, T + new), as the plans have it: each turn is remembered once it is complete."""
+        made = super().generate(input_ids, max_new_tokens, temperature, **options)
+        if self.told:
+            turns = [[t for t in row if t != PAD] for row in (made if self.with_response else input_ids).tolist()]
+            self.memory_graph.add([self.tokenizer.decode(turn) for turn in turns], self.keep(turns))
+            self.view = None
+        return made
 
     def arranged(self, asked):
         """The questions of a batch (an extras.pool.Asked) as this design puts them to the base."""
@@ -171,11 +186,10 @@ class PoolLesson:
 
         def score(batch):
             out = self.forward(self.held_out, batch, silent)
-            weights = out["log_weights"]
+            weights = None if silent else model.weights()
             if weights is None:
                 nothing = torch.zeros(len(batch["known"]), device=out["row"].device)
                 return judged(batch, out, nothing.long() - 1, nothing)
-            weights = weights.exp().flatten(1, -2).mean(1)                                     # (R, N + 1)
             return judged(batch, out, weights[:, :-1].argmax(1), weights[:, -1])
         try:
             return summary(model, self.held_out, self.settings, score, **options)
