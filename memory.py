@@ -133,7 +133,7 @@ class MemoryView:
     """What the injection layer sees of G memories, each in the order it was told."""
 
     keys: torch.Tensor               # (G, N, H, C)
-    nodes: torch.Tensor              # (G, N, D) standardised features
+    nodes: torch.Tensor              # (G, N, D)
     valid: torch.Tensor              # (G, N)
     episodes: torch.Tensor           # (G, N) rows of `tokens`
     tokens: TokenStore
@@ -195,8 +195,7 @@ class EpisodeGraph:
             self.keys = injection.gnn.keys(self.nodes, *injection.edges(valid))
         if training:
             self.tokens.keys = injection.token_keys(self.tokens.ids, self.states, self.tokens.lengths)
-        return MemoryView(self.keys[None], injection.gnn.standardise(self.nodes)[None], valid,
-                          torch.arange(N, device=self.device)[None], self.tokens)
+        return MemoryView(self.keys[None], self.nodes[None], valid, torch.arange(N, device=self.device)[None], self.tokens)
 
 
 def node_width(config, hidden_size):
@@ -334,54 +333,76 @@ class MemoryInjectionLayer(nn.Module, Injection):
     # -- asking
 
     def read(self, x, question, view, memo=None):
-        """x (R, T, F) features of the positions that read; question: a Question, None if `memo` knows what it chose.
+        """x (R, T, F) features of the positions that read; question: a Question. Returns a Reading.
 
-        memo: a dict that keeps what the question chose, for later positions. Returns a Reading.
+        memo: a dict that keeps what the question chose, for `read_on` at later positions.
         """
         R, T, _ = x.shape
         G, N = view.valid.shape
         config, rows = self.config, torch.arange(R, device=x.device)
         graph = rows // (R // G)
         count = view.valid.sum(1)
-        memo = {} if memo is None else memo
-        pool = memo.setdefault("pool", question.pool() if question is not None else None)
-        query = self.query_pool(pool)
-        query = query + self.query_own(x) if config.query == "token" else query.expand(R, T, -1)
-        reading, found = Reading(None, [], [], [], [], [], None, None), None
+        spare = 0 if memo is None else -view.tokens.longest % 16           # what is kept differs less in shape: see gemma.Decoder
+        last = question.last() if T > 1 else torch.zeros_like(rows)
+        pool = question.pool()
+        query = self.queries(x, pool)
+        reading, found, kept = Reading(None, [], [], [], [], [], None, None), None, []
         for hop in range(config.hops):
-            if hop not in memo:
-                # 1. Which episodes? The last position of the question asks all, and keeps the best k.
-                last = question.last() if T > 1 else torch.zeros_like(rows)
-                at = self.heads(query[rows, last])
-                asked = self.gnn.log_weights(at.view(G, R // G, config.heads, -1), view.keys, view.valid, count).view(R, config.heads, N + 1)
-                best = asked[..., :-1].exp().mean(1).topk(min(config.candidates, N), dim=-1).indices       # (R, k)
-                keys, valid = view.keys[graph[:, None], best], view.valid[graph[:, None], best]
-                # 2. Compared word by word, which of these? The best few will be read.
-                evidence, said_of = self.compare(hop, question, found[rows, last] if hop else None, view, graph, best, keys) \
-                    if config.match else (keys.new_zeros(R, config.heads, best.shape[1]), None)
-                ranked = self.gnn.log_weights(at[:, None], keys, valid, count[graph], evidence)[:, 0]      # (R, H, k + 1)
-                top = ranked[..., :-1].exp().mean(1).topk(min(config.readable, best.shape[1]), dim=-1).indices   # (R, r)
-                chosen = best.gather(1, top)
-                evidence = evidence.gather(2, top[:, None].expand(-1, config.heads, -1))
-                said = said_of(chosen) if hasattr(self, "said_weight") else None                           # (R, H, r, M)
-                place, real = view.tokens.places(view.episodes[graph[:, None], chosen])
-                memo[hop] = (asked, best, ranked, chosen, keys[rows[:, None], top], valid.gather(1, top), evidence,
-                             view.tokens.ids[place], self.heads(view.tokens.keys_at(place, 0)), real, said)
-            asked, best, ranked, chosen, keys, valid, evidence, ids, token_keys, real, said = memo[hop]
-            # 3. Every position weighs them, and null, for itself.
-            weights = self.gnn.log_weights(self.heads(query), keys, valid, count[graph], evidence)         # (R, T, H, r + 1)
-            # 4. Which tokens inside them?
-            inside = self.weigh_tokens(hop, x, pool, token_keys, real, said)                               # (R, T, H, r, M)
-            reading.context = self.gnn.pooled_context(weights, inside, self.values(ids).flatten(1, 2))     # (R, T, H, D)
-            for kept, new in zip((reading.asked, reading.candidates, reading.ranked, reading.chosen, reading.weights),
-                                 (asked, best, ranked, chosen, weights)):
-                kept.append(new)
+            # 1. Which episodes? The last position of the question asks all, and keeps the best k.
+            at = self.heads(query[rows, last])
+            asked = self.gnn.log_weights(at.view(G, R // G, config.heads, -1), view.keys, view.valid, count).view(R, config.heads, N + 1)
+            best = asked[..., :-1].exp().mean(1).topk(min(config.candidates, N), dim=-1).indices           # (R, k)
+            keys, valid = view.keys[graph[:, None], best], view.valid[graph[:, None], best]
+            # 2. Compared word by word, which of these? The best few will be read.
+            evidence, said_of = self.compare(hop, question, found[rows, last] if hop else None, view, graph, best, keys) \
+                if config.match else (keys.new_zeros(R, config.heads, best.shape[1]), None)
+            ranked = self.gnn.log_weights(at[:, None], keys, valid, count[graph], evidence)[:, 0]          # (R, H, k + 1)
+            top = ranked[..., :-1].exp().mean(1).topk(min(config.readable, best.shape[1]), dim=-1).indices # (R, r)
+            chosen = best.gather(1, top)
+            place, real = view.tokens.places(view.episodes[graph[:, None], chosen])
+            place, real = F.pad(place, (0, spare)), F.pad(real, (0, spare))                                # (R, r, M)
+            ids = view.tokens.ids[place]
+            kept.append(dict(keys=keys[rows[:, None], top], valid=valid.gather(1, top), count=count[graph], real=real,
+                             evidence=evidence.gather(2, top[:, None].expand(-1, config.heads, -1)),
+                             token_keys=self.heads(view.tokens.keys_at(place, 0)), values=self.values(ids).flatten(1, 2)))
+            if hasattr(self, "said_weight"):
+                kept[-1]["said"] = F.pad(said_of(chosen), (0, spare))                                      # (R, H, r, M)
+            weights, inside, reading.context = self.attend(hop, x, pool, query, kept[-1])
+            for shown, new in zip((reading.asked, reading.candidates, reading.ranked, reading.chosen, reading.weights),
+                                  (asked, best, ranked, chosen, weights)):
+                shown.append(new)
             if hop + 1 < config.hops:
                 # What was found asks on: "Maria's brother is Tom" turns a question about Maria into one about Tom.
                 found = reading.context.mean(2)
                 query = query + self.hop_query[hop](found)
         reading.token_ids, reading.token_weights = ids.masked_fill(~real, -1), inside
+        if memo is not None:
+            memo.update({name: torch.stack([of[name] for of in kept]) for name in kept[0]}, pool=pool)
         return reading
+
+    def read_on(self, x, memo):
+        """What later positions read, x (R, T, F), of the episodes that the question chose: context (R, T, H, D)."""
+        query = self.queries(x, memo["pool"])
+        for hop in range(self.config.hops):
+            kept = {name: tensor[hop] for name, tensor in memo.items() if name != "pool"}
+            context = self.attend(hop, x, memo["pool"], query, kept)[-1]
+            query = query + self.hop_query[hop](context.mean(2)) if hop + 1 < self.config.hops else query
+        return context
+
+    def queries(self, x, pool):
+        query = self.query_pool(pool)
+        return query + self.query_own(x) if self.config.query == "token" else query.expand(*x.shape[:2], -1)   # (R, T, H * C)
+
+    def attend(self, hop, x, pool, query, kept):
+        """Every position for itself, among the episodes that are read. kept: what `read` found out about these.
+
+        Returns log-weights (R, T, H, r + 1) of the episodes and null, attention inside each (R, T, H, r, M), context (R, T, H, D).
+        """
+        # 3. Which of them, or null?
+        weights = self.gnn.log_weights(self.heads(query), kept["keys"], kept["valid"], kept["count"], kept["evidence"])
+        # 4. Which tokens inside them?
+        inside = self.weigh_tokens(hop, x, pool, kept["token_keys"], kept["real"], kept.get("said"))
+        return weights, inside, self.gnn.pooled_context(weights, inside, kept["values"])
 
     def compare(self, hop, question, found, view, graph, best, keys):
         """Evidence (R, H, k) for the candidates `best` (R, k): each word of the question looks for its like among theirs.
@@ -410,7 +431,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         like, said = torch.cat(like, -1), torch.cat(said, -2)                                              # (R, H, W, U), (R, H, U, M)
         slot = torch.zeros(G, N, dtype=torch.long, device=q.device).scatter(1, several, torch.arange(several.shape[1], device=q.device).expand_as(several))
         at = [slot[graph[:, None], row][:, None, None].expand(-1, *like.shape[1:3], -1) for row in wanted]
-        nodes = view.nodes[graph[:, None], best]                                                           # (R, k, D)
+        nodes = self.gnn.standardise(view.nodes[graph[:, None], best])                                     # (R, k, D)
         most = like.gather(-1, at[0])                                                                      # (R, H, W, k)
         if self.config.time_edges:
             # Beside its own words a sentence may borrow those of the sentences before it: it may start with "she".
@@ -468,7 +489,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         self.input_ids = input_ids
         self.speaking = real & (input_ids != BOS)                          # <bos>, an outlier, neither asks nor listens
         self.question = None if question_mask is None else question_mask.bool() & self.speaking
-        self.memo = None if cache is None else cache.memory
+        self.memo = None if cache is None else cache.memory                # full while decoding: the question was put at prefill
 
     def after_layer(self, layer, h):
         if layer != self.config.inject_after or self.view is None:
@@ -477,8 +498,9 @@ class MemoryInjectionLayer(nn.Module, Injection):
         if self.question is None and not self.memo:
             context, heard = self.read_everywhere(x)
             return self.inject(h, context, ~(self.speaking & heard))
-        # While decoding, the question was put at prefill, and the memo knows what it chose.
-        self.reading = self.read(x, None if self.memo else Question(x, self.question), self.view, self.memo)
+        if self.memo:
+            return self.inject(h, self.read_on(x, self.memo), ~self.speaking)
+        self.reading = self.read(x, Question(x, self.question), self.view, self.memo)
         return self.inject(h, self.reading.context, ~self.speaking)
 
     def read_everywhere(self, x):
@@ -671,14 +693,14 @@ class GemmaWithMemory(nn.Module):
         return self.gemma(input_ids, attention_mask, question_mask, injection=self.injection)
 
     def stream(self, input_ids, **options):
-        """As Gemma.stream, with the memory. The whole of input_ids is the question."""
+        """As Gemma.stream, with the memory. The whole of input_ids is the question; with `compile`, decoding is compiled."""
         self._open()
         return self.gemma.stream(input_ids, injection=self.injection, **options)
 
     def generate(self, input_ids, max_new_tokens=32, temperature=0.0, **options):
         """Prompt and continuation, (B, T + new). Never refuses; see `answer`."""
-        new = self.stream(input_ids, max_new_tokens=max_new_tokens, temperature=temperature, **options)
-        return torch.stack([*input_ids.T, *new], dim=1)
+        self._open()
+        return self.gemma.generate(input_ids, max_new_tokens, temperature=temperature, injection=self.injection, **options)
 
     def prompt(self, question):
         """Token ids that ask `question` of this base."""
@@ -724,7 +746,7 @@ class GemmaWithMemory(nn.Module):
     def answer(self, question, **options):
         """The answer to a question, or the list of answers to a list of questions, which are asked in one batch.
 
-        Greedy unless options (max_new_tokens, temperature, top_k, top_p, seed) say otherwise. DONT_KNOW where the null
+        Greedy unless options (max_new_tokens, temperature, top_k, top_p, seed, compile) say otherwise. DONT_KNOW where the null
         episode's weight passes the threshold, and whenever the memory is empty.
         """
         questions = [question] if isinstance(question, str) else list(question)
