@@ -268,7 +268,7 @@ class Injection:
     """
 
     def begin(self, input_ids, attention_mask, question_mask, cache):
-        """Runs first in every forward pass. Lasting state of one request belongs in `cache.memory`, a dict."""
+        """Runs first in every forward pass. Lasting state of one request belongs in `cache.memory`, a dict of tensors."""
 
     def on_embeddings(self, h):
         return h
@@ -517,14 +517,14 @@ class Gemma(nn.Module):
         B, T = input_ids.shape
         generator = torch.Generator(input_ids.device).manual_seed(seed) if seed is not None else None
         question_mask = torch.ones_like(input_ids) if question_mask is None else question_mask
-        decoder = self.decoder(B, T + max_new_tokens, compile)
+        decoder = self.decoder(B, T + max_new_tokens, injection, compile)
 
         def tokens():
-            logits = decoder.prefill(input_ids, attention_mask, question_mask, injection)
+            logits = decoder.prefill(input_ids, attention_mask, question_mask)
             for more in reversed(range(max_new_tokens)):
                 token = sample(logits, temperature, top_k, top_p, generator)
                 yield token
-                logits = decoder.step(token, injection) if more else None
+                logits = decoder.step(token) if more else None
 
         stop, done = torch.tensor(sorted(stop)), torch.zeros(B, dtype=torch.bool)
         try:
@@ -536,16 +536,16 @@ class Gemma(nn.Module):
                     return
         finally:
             if decoder.compile:
-                self.decoders[B, decoder.cache.length] = decoder
+                self.decoders[B, decoder.cache.length, injection] = decoder
 
-    def decoder(self, B, length, compile=False):
+    def decoder(self, B, length, injection, compile):
         """A Decoder for B rows of up to `length` tokens; a compiled one is used again and again, so it is made a little longer."""
         if not compile or not self.compiles:
-            return Decoder(self, B, length)
+            return Decoder(self, B, length, injection)
         length = -(-length // 128) * 128
         while len(self.decoders) > 3:                      # each has a KV cache
             self.decoders.pop(next(iter(self.decoders)))
-        return self.decoders.pop((B, length), None) or Decoder(self, B, length, compile=True)
+        return self.decoders.pop((B, length, injection), None) or Decoder(self, B, length, injection, compile=True)
 
     def generate(self, input_ids, max_new_tokens=32, **options):
         """Prompt and continuation, (B, T + new); options as in `stream`."""
@@ -593,11 +593,11 @@ class Decoder:
 
     With `compile`, layers are compiled for the prefill and the step as a whole, and on a GPU the step becomes a CUDA graph:
     its kernels run again and again on the same addresses, without Python. So token, cache and what an injection keeps in
-    `cache.memory` have fixed places, and a Decoder serves any request of its shape.
+    `cache.memory` have fixed places, steps read nothing else that changes, and a Decoder serves any request of its shape.
     """
 
-    def __init__(self, model, B, length, compile=False):
-        self.model, self.compile = model, compile
+    def __init__(self, model, B, length, injection=None, compile=False):
+        self.model, self.injection, self.compile = model, injection, compile
         self.cache = KVCache(model.config, B, length, model.dtype, model.device)
         self.token = torch.zeros(B, 1, dtype=torch.long, device=model.device)
         self.graph = self.logits = None
@@ -611,11 +611,11 @@ class Decoder:
             self.layer = torch.compile(DecoderLayer.forward, dynamic=True)
             self.whole = torch.compile(Gemma.forward, dynamic=False, options=tuned)
 
-    def prefill(self, input_ids, attention_mask, question_mask, injection):
+    def prefill(self, input_ids, attention_mask, question_mask):
         """Read the prompt, (B, T), from an empty cache. Returns the logits (B, V) of what follows."""
         self.cache.position.zero_(), self.cache.seen.zero_()
         before, self.cache.memory = self.cache.memory, {}
-        logits = self.tried(lambda: self.model(input_ids, attention_mask, question_mask, self.cache, injection, True, self.layer))
+        logits = self.tried(lambda: self.model(input_ids, attention_mask, question_mask, self.cache, self.injection, True, self.layer))
         shapes = lambda memory: {name: (t.shape, t.dtype) for name, t in memory.items()}
         if shapes(before) == shapes(self.cache.memory):
             for name, tensor in self.cache.memory.items():
@@ -625,32 +625,32 @@ class Decoder:
             self.graph = None
         return logits[:, -1]
 
-    def step(self, token, injection):
+    def step(self, token):
         """Read one token of each row, (B,). Returns the logits (B, V) of what follows, which the next step may overwrite."""
         self.token.copy_(token[:, None])
         if self.compile and self.graph is None and self.token.is_cuda:
-            self.tried(lambda: self.record(injection))
+            self.tried(self.record)
         if self.graph is None:
-            return self.tried(lambda: self.run(injection))
+            return self.tried(self.run)
         self.graph.replay()
         return self.logits
 
-    def run(self, injection):
-        return self.whole(self.model, self.token, None, None, self.cache, injection, True)[:, -1]
+    def run(self):
+        return self.whole(self.model, self.token, None, None, self.cache, self.injection, True)[:, -1]
 
-    def record(self, injection):
+    def record(self):
         """Make a CUDA graph of a step. What is not to be recorded, compiling above all, happens in a few steps before."""
         position, seen = self.cache.position.clone(), self.cache.seen.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                self.run(injection)
+                self.run()
                 self.cache.position.copy_(position), self.cache.seen.copy_(seen)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.logits = self.run(injection)
+            self.logits = self.run()
 
     def tried(self, work):
         """work(), once more without compiling where that is impossible, which is then said once."""
