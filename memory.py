@@ -35,6 +35,8 @@ from gnn import EpisodicMemoryGNN, SentenceAttention, SimilarityEdges, time_edge
 
 DONT_KNOW = "I don't know."
 PART = 1024                          # facts that are written at a time
+BLOCK = 2 ** 16                      # episodes whose keys are worked out at a time
+ON_DEVICE = 2 ** 31                  # bytes of token keys that a GPU holds; more of them live in the host's memory
 HERE = Path(__file__).resolve().parent
 
 
@@ -118,9 +120,9 @@ class TokenStore:
         return place, offset < self.lengths[episodes][..., None]
 
     def keys_at(self, place, side):
-        """Keys of the tokens at `place` (...), to read by (side 0) or to match by (1): (..., H * C). What is kept in half
-        precision is computed with in full."""
-        keys = self.keys.unflatten(1, (2, -1))[place, side]
+        """Keys of the tokens at `place` (...), to read by (side 0) or to match by (1): (..., H * C), on the device of `place`,
+        wherever they are kept. What is kept in half precision is computed with in full."""
+        keys = self.keys.unflatten(1, (2, -1))[place.to(self.keys.device), side].to(place.device)
         return keys.float() if keys.dtype == torch.float16 else keys
 
     def joined(self, others):
@@ -139,12 +141,30 @@ class MemoryView:
     tokens: TokenStore
 
 
+class Growing:
+    """Tensors with room behind their end: to append to one copies what is new, and the old only now and then, as in a list."""
+
+    def __init__(self):
+        self.buffers, self.used = {}, {}
+
+    def append(self, name, old, new):
+        """`old` (N, ...), usually what the last call of this name returned, with `new` (n, ...) behind it, on the device of `new`."""
+        buffer, n = self.buffers.get(name), len(old) + len(new)
+        if buffer is None or buffer.data_ptr() != old.data_ptr() or self.used[name] != len(old) or n > len(buffer) or buffer.device != new.device:
+            buffer = new.new_empty(max(n, 3 * len(old) // 2), *new.shape[1:])
+            buffer[:len(old)] = old
+            self.buffers[name] = buffer
+        buffer[len(old):n] = new
+        self.used[name] = n
+        return buffer[:n]
+
+
 class EpisodeGraph:
     """The episodes of one memory in the order they were told, as tensors.
 
     Edges are not stored: those in time follow from the order, those of similarity are drawn when a question is asked. `keys`
-    are worked out at the next question after a change and kept until the next change; while training, whose every step is
-    one, they are not kept. Nor are the states that token keys are made of, but while training: `states` (all tokens, D).
+    are worked out at the next question after a change, of those episodes whose neighbourhood changed; while training, whose
+    every step is a change, they are not kept. Nor are the states that token keys are made of, but while training: `states` (all tokens, D).
     """
 
     def __init__(self, config, hidden_size, device):
@@ -154,7 +174,7 @@ class EpisodeGraph:
 
     def clear(self, hidden_size):
         long = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=self.device)
-        self.ids, self.texts = [], []
+        self.ids, self.texts, self.room = [], [], Growing()
         self.tokens = TokenStore(long(0), torch.zeros(0, 2 * self.config.heads * self.config.token_key_dim, dtype=torch.float16, device=self.device), long(0))
         self.states = None
         self.nodes = torch.zeros(0, node_width(self.config, hidden_size), device=self.device)   # (N, D or 2 D)
@@ -169,9 +189,14 @@ class EpisodeGraph:
         self.next_id += len(texts)
         self.ids += new_ids
         self.texts += texts
-        self.tokens = self.tokens.joined([tokens for tokens, _ in parts])
-        self.nodes = torch.cat((self.nodes, *(nodes for _, nodes in parts)))
-        self.states = self.keys = None
+        ids, keys, tokens = self.tokens.ids, self.tokens.keys, sum(len(store.ids) for store, _ in parts)
+        home = self.device if (len(ids) + tokens) * keys.shape[1] * keys.itemsize <= ON_DEVICE else "cpu"
+        for store, nodes in parts:
+            ids, keys = self.room.append("ids", ids, store.ids), self.room.append("token keys", keys, store.keys.to(home))
+            self.nodes = self.room.append("nodes", self.nodes, nodes)
+        self.tokens = TokenStore(ids, keys, torch.cat((self.tokens.lengths, *(store.lengths for store, _ in parts))))
+        self.states = None
+        self.keys = None if self.keys is None else self.keys[:-1]          # the last one has got another neighbour
         return new_ids
 
     def forget(self, episode_id):
@@ -191,8 +216,13 @@ class EpisodeGraph:
         """The MemoryView of this one memory (G = 1), with gradients while the injection layer trains."""
         N, training = len(self), injection.training
         valid = torch.ones(1, N, dtype=torch.bool, device=self.device)
-        if self.keys is None or training:
+        if training:
             self.keys = injection.gnn.keys(self.nodes, *injection.edges(valid))
+        done = 0 if self.keys is None else len(self.keys)
+        for start in range(done, N, BLOCK):                                # with a neighbour on either side
+            stop, first, last = min(N, start + BLOCK), max(0, start - 1), min(N, start + BLOCK + 1)
+            keys = injection.gnn.keys(self.nodes[first:last], *injection.edges(valid[:, first:last]))[start - first:stop - first]
+            self.keys = self.room.append("keys", keys[:0] if self.keys is None else self.keys, keys)
         if training:
             self.tokens.keys = injection.token_keys(self.tokens.ids, self.states, self.tokens.lengths)
         return MemoryView(self.keys[None], self.nodes[None], valid, torch.arange(N, device=self.device)[None], self.tokens)
@@ -583,19 +613,9 @@ class GemmaWithMemory(nn.Module):
 
     # -- writing
 
-    @torch.no_grad()
     def states(self, batch):
         """Token ids (lists, each with <bos>) -> states after layer `inject_after`, without <bos>: a list of (M, D)."""
-        longest = max(map(len, batch))
-        ids = torch.tensor([row + [PAD] * (longest - len(row)) for row in batch], device=self.gemma.device)
-        mask = torch.arange(longest, device=ids.device) < torch.tensor([len(row) for row in batch], device=ids.device)[:, None]
-        h = self.gemma.embed(ids)
-        h = self.gemma.run_layers(h, Places(self.gemma.config, *ids.shape, mask, None, ids.device), 1, self.config.inject_after)
-        return [h[i, 1:len(row)] for i, row in enumerate(batch)]
-
-    def node_features(self, ids, states):
-        """One vector per episode: the mean of its tokens' states, of their embeddings (the plan's), or both. (M,), (M, D) -> (D,)."""
-        return node_features(self.config, states, self.gemma.embed_tokens.weight[ids]).mean(0)
+        return self.encode(batch).split([len(row) - 1 for row in batch])
 
     def token_ids(self, text):
         """The tokens of a fact, with <bos>. Raises InputError for an empty text, one that is no str, or one longer than the context."""
@@ -611,15 +631,24 @@ class GemmaWithMemory(nn.Module):
 
     @torch.no_grad()
     def encode(self, facts, done=lambda count: None):
-        """Token ids of facts (lists, each with <bos>) -> their states, as `states`. Calls done(how many) after each batch."""
+        """Token ids of facts (lists, each with <bos>) -> states of their tokens after layer `inject_after`, without <bos>, end
+        to end: (all, D). Calls done(how many) after each batch."""
+        gemma, device = self.gemma, self.gemma.device
+        lengths = torch.tensor([len(row) for row in facts], device=device)
+        starts = (lengths - 1).cumsum(0) - lengths                         # where a row's <bos> would be, one before its first token
+        states = torch.empty(sum(len(row) - 1 for row in facts), gemma.config.hidden_size, dtype=gemma.dtype, device=device)
         # Sentences of like length together: less padding. Long ones in smaller batches: bounded memory.
         order = sorted(range(len(facts)), key=lambda i: len(facts[i]))
-        states = [None] * len(facts)
         while order:
             size = max(1, min(256, 8192 // len(facts[order[:256][-1]])))
             batch, order = order[:size], order[size:]
-            for i, s in zip(batch, self.states([facts[i] for i in batch])):
-                states[i] = s
+            longest = len(facts[batch[-1]])
+            ids = torch.tensor([facts[i] + [PAD] * (longest - len(facts[i])) for i in batch], device=device)
+            rows, offset = torch.tensor(batch, device=device), torch.arange(longest, device=device)
+            real = offset < lengths[rows, None]
+            h = gemma.run_layers(gemma.embed(ids), Places(gemma.config, *ids.shape, real, None, device), 1, self.config.inject_after)
+            keep = real & (offset > 0)
+            states[(starts[rows, None] + offset)[keep]] = h[keep]
             done(len(batch))
         return states
 
@@ -633,10 +662,12 @@ class GemmaWithMemory(nn.Module):
             size = max(1, min(PART, 2 ** 24 // max(map(len, facts[:PART])) ** 2))      # of long ones fewer: all pairs of tokens attend
             part, facts = facts[:size], facts[size:]
             states = self.encode(part, done)
-            ids = [torch.tensor(row[1:], device=self.gemma.device) for row in part]
-            lengths = torch.tensor([len(row) for row in ids], device=self.gemma.device)
-            keys = self.injection.token_keys(torch.cat(ids), torch.cat(states), lengths)
-            yield TokenStore(torch.cat(ids), keys.half(), lengths), torch.stack([self.node_features(*pair) for pair in zip(ids, states)])
+            ids = torch.tensor([token for row in part for token in row[1:]], dtype=torch.long, device=states.device)
+            lengths = torch.tensor([len(row) - 1 for row in part], device=states.device)
+            features = node_features(self.config, states, self.gemma.embed_tokens.weight[ids])
+            owner = torch.arange(len(part), device=states.device).repeat_interleave(lengths)
+            total = features.new_zeros(len(part), features.shape[1]).index_add(0, owner, features)
+            yield TokenStore(ids, self.injection.token_keys(ids, states, lengths).half(), lengths), total / lengths[:, None]
 
     @torch.no_grad()
     def add_to_memory(self, text, progress=False):
@@ -680,7 +711,7 @@ class GemmaWithMemory(nn.Module):
         """Point the injection layer at this model's own memory, as it is now."""
         self.injection.reading, graph = None, self.memory_graph
         if self.training and graph.states is None and len(graph):
-            graph.states = torch.cat(self.encode([self.token_ids(text) for text in graph.texts]))
+            graph.states = self.encode([self.token_ids(text) for text in graph.texts])
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
             self.injection.view = graph.view(self.injection) if len(graph) else None
 

@@ -41,9 +41,9 @@ def in_turn(contenders, rounds, device):
     Returns {name: {"start": seconds of the first run, "seconds": median of the later ones, "all": [...]}}.
     """
     runs = {}
-    for name, work in tqdm(contenders.items(), desc="starting", file=sys.stderr, leave=False):
+    for name, work in tqdm(contenders.items(), desc="starting", file=sys.stderr, leave=False, delay=2):
         runs[name] = dict(start=seconds(work, device), all=[])
-    for _ in tqdm(range(rounds), desc="rounds", file=sys.stderr, leave=False):
+    for _ in tqdm(range(rounds), desc="rounds", file=sys.stderr, leave=False, delay=2):
         for name, work in contenders.items():
             runs[name]["all"].append(seconds(work, device))
     return {name: dict(run, seconds=statistics.median(run["all"])) for name, run in runs.items()}
