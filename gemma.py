@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -267,7 +268,7 @@ class Injection:
     """
 
     def begin(self, input_ids, attention_mask, question_mask, cache):
-        """Runs first in every forward pass. Lasting state of one request belongs in `cache.memory`, a dict."""
+        """Runs first in every forward pass. Lasting state of one request belongs in `cache.memory`, a dict of tensors."""
 
     def on_embeddings(self, h):
         return h
@@ -292,15 +293,17 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         # In float32 whatever the weights' dtype, and times (1 + weight): a weight of zero is the plain norm.
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (y * (1.0 + self.weight.float())).to(x.dtype)
+        y = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return torch.addcmul(y, y, self.weight.float()).to(x.dtype)
 
 
 def rotate(x, cos, sin):
-    """RoPE in the half-split convention of the checkpoints. x (B, H, T, C), cos and sin (B, 1, T, C / 2), float32."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """RoPE in the half-split convention of the checkpoints: number i of a head turns with number i + C / 2, by one angle.
+
+    x (B, H, T, C); cos and sin (B, 1, T, C), float32, the sine with a minus in the first half.
+    """
+    y = x.float()
+    return torch.addcmul(y * cos, y.roll(y.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -326,9 +329,11 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if slots is not None:
             k, v = slots.write(places.slots, k, v)                                     # (B, K, L, C)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=places.visible[self.layer_type], scale=self.scale,
-                                             enable_gqa=self.heads != self.kv_heads)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        # Heads that share keys ask as if they were more tokens, H / K * T of them: no key is repeated for each head.
+        share = self.heads // self.kv_heads
+        out = F.scaled_dot_product_attention(q.reshape(B, self.kv_heads, share * T, -1), k, v, scale=self.scale,
+                                             attn_mask=places.visible[self.layer_type].repeat(1, 1, share, 1))
+        return self.o_proj(out.reshape(B, self.heads, T, -1).transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -355,8 +360,7 @@ class DecoderLayer(nn.Module):
         x = injection.before_attention(layer, x) if injection is not None else x
         h = h + self.post_attention_layernorm(self.self_attn(x, places, slots))
         h = injection.after_attention(layer, h) if injection is not None else h
-        h = h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h)))
-        return injection.after_layer(layer, h) if injection is not None else h
+        return h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h)))
 
 
 # ---------------------------------------------------------------------------------------------- places and KV cache
@@ -375,12 +379,13 @@ class Slots:
 class KVCache:
     """A static cache: every tensor has its final size from the start and is written in place.
 
-    B rows with room for `length` tokens each. `memory` is a dict in which an Injection keeps what it worked out at
-    prefill, such as the question's pooled state.
+    B rows with room for `length` tokens each. `memory` is a dict of tensors in which an Injection keeps what it worked out
+    at prefill, such as the question's pooled state.
     """
 
     def __init__(self, config, B, length, dtype, device):
         shape = (B, config.num_key_value_heads, length, config.head_dim)
+        self.length = length
         self.layers = [Slots(shape, dtype, device) for _ in range(config.num_hidden_layers)]
         self.position = torch.zeros(1, dtype=torch.long, device=device)              # the next free slot
         self.seen = torch.zeros(B, dtype=torch.long, device=device)                  # real tokens so far, per row
@@ -413,8 +418,8 @@ class Places:
             positions = (real.long().cumsum(1) - 1 + cache.seen[:, None]).clamp(min=0)
             real_now = real
             real = cache.real.index_copy_(1, self.slots, real_now)
-            cache.seen += real_now.sum(1)
-            cache.position += T
+            cache.seen.add_(real_now.sum(1))
+            cache.position.add_(T)
         distance = self.slots[:, None] - keys[None, :]                                                # (T, L)
         causal = (distance >= 0) & (real[:, None, :] | (distance == 0))  # a padding query sees itself: no empty softmax
         self.visible = {"full_attention": causal[:, None],                                            # (B, 1, T, L)
@@ -427,7 +432,8 @@ class Places:
         C = config.head_dim
         frequencies = 1.0 / base ** (torch.arange(0, C, 2, device=positions.device).float() / C)      # (C / 2,)
         angles = positions[:, None, :, None].float() * (frequencies / factor)                         # (B, 1, T, C / 2)
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)                                  # (B, 1, T, C)
 
 
 # ----------------------------------------------------------------------------------------------------------- Gemma
@@ -441,6 +447,7 @@ class Gemma(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer_type) for layer_type in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.decoders, self.compiles = {}, True            # compiled Decoders that wait for a request of their shape
 
     @property
     def device(self):
@@ -455,18 +462,23 @@ class Gemma(nn.Module):
         scale = torch.full((), self.config.hidden_size ** 0.5, dtype=self.dtype, device=self.device)
         return self.embed_tokens(input_ids) * scale
 
-    def run_layers(self, h, places, first=1, last=None, cache=None, injection=None):
-        """The decoder loop over layers first..last, counted from 1, both included. h (B, T, D) -> (B, T, D)."""
+    def run_layers(self, h, places, first=1, last=None, cache=None, injection=None, call=DecoderLayer.__call__):
+        """The decoder loop over layers first..last, counted from 1, both included. h (B, T, D) -> (B, T, D).
+
+        call: how a layer is called; a Decoder has it compiled.
+        """
         for layer in range(first, (last or len(self.layers)) + 1):
             slots = cache.layers[layer - 1] if cache is not None else None
-            h = self.layers[layer - 1](h, places, slots, layer, injection)
+            h = call(self.layers[layer - 1], h, places, slots, layer, injection)
+            h = injection.after_layer(layer, h) if injection is not None else h
         return h
 
     def logits(self, h):
         """(B, T, D) -> (B, T, V). The output head is the embedding table."""
         return F.linear(self.norm(h), self.embed_tokens.weight)
 
-    def forward(self, input_ids, attention_mask=None, question_mask=None, cache=None, injection=None, last_only=False):
+    def forward(self, input_ids, attention_mask=None, question_mask=None, cache=None, injection=None, last_only=False,
+                call=DecoderLayer.__call__):
         """Next-token logits.
 
         input_ids (B, T) int64; attention_mask (B, T), 1 for real tokens, 0 for padding on either side, default all real;
@@ -475,7 +487,7 @@ class Gemma(nn.Module):
         Raises InputError (on the CPU) for ids outside the vocabulary or more tokens than the cache has room for.
         """
         B, T = input_ids.shape
-        if input_ids.device.type == "cpu":  # a GPU would have to be waited for, and stops by itself
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():   # a GPU would have to be waited for, and stops by itself
             if ((input_ids < 0) | (input_ids >= self.config.vocab_size)).any():
                 raise InputError(f"expected token ids from 0 to {self.config.vocab_size - 1}, got others; use this model's tokenizer.")
             if cache is not None and cache.position + T > cache.real.shape[1]:
@@ -486,16 +498,16 @@ class Gemma(nn.Module):
         h = self.embed(input_ids)
         h = injection.on_embeddings(h) if injection is not None else h
         places = Places(self.config, B, T, attention_mask, cache, h.device)
-        h = self.run_layers(h, places, cache=cache, injection=injection)
+        h = self.run_layers(h, places, cache=cache, injection=injection, call=call)
         return self.logits(h[:, -1:] if last_only else h)
 
     @torch.no_grad()
     def stream(self, input_ids, attention_mask=None, max_new_tokens=32, temperature=0.0, top_k=0, top_p=1.0, seed=None,
-               stop=(EOS, END_OF_TURN), question_mask=None, injection=None):
-        """Yield the next token of each row, (B,) int64, until all rows have met a stop token or the limit.
+               stop=(EOS, END_OF_TURN), question_mask=None, injection=None, compile=False):
+        """Yield the next token of each row, (B,) int64 on the CPU, until all rows have met a stop token or the limit.
 
         The stop token itself is yielded; after it a row yields padding. Prompts of unequal length are padded on the left.
-        Raises InputError for an empty prompt, padding on the right, or a bad sampling parameter.
+        compile: see Decoder. Raises InputError for an empty prompt, padding on the right, or a bad sampling parameter.
         """
         check_sampling(temperature, top_k, top_p, max_new_tokens)
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
@@ -504,22 +516,41 @@ class Gemma(nn.Module):
             raise InputError("expected prompts padded on the left, got padding at the end; move it to the front.")
         B, T = input_ids.shape
         generator = torch.Generator(input_ids.device).manual_seed(seed) if seed is not None else None
-        cache = KVCache(self.config, B, T + max_new_tokens, self.dtype, self.device)
-        stop = torch.tensor(sorted(stop), device=self.device)
-        done = torch.zeros(B, dtype=torch.bool, device=self.device)
         question_mask = torch.ones_like(input_ids) if question_mask is None else question_mask
-        for _ in range(max_new_tokens):
-            logits = self(input_ids, attention_mask, question_mask, cache, injection, last_only=True)[:, -1]
-            token = sample(logits, temperature, top_k, top_p, generator).masked_fill(done, PAD)
-            yield token
-            done |= torch.isin(token, stop)
-            if done.all():
-                return
-            input_ids, attention_mask, question_mask = token[:, None], None, None
+        decoder = self.decoder(B, T + max_new_tokens, injection, compile)
+
+        def tokens():
+            logits = decoder.prefill(input_ids, attention_mask, question_mask)
+            for more in reversed(range(max_new_tokens)):
+                token = sample(logits, temperature, top_k, top_p, generator)
+                yield token
+                logits = decoder.step(token) if more else None
+
+        stop, done = torch.tensor(sorted(stop)), torch.zeros(B, dtype=torch.bool)
+        try:
+            for token in arriving(tokens()):
+                token = token.masked_fill(done, PAD)       # a row that is done goes on unheard: rows know nothing of each other
+                yield token
+                done |= torch.isin(token, stop)
+                if done.all():
+                    return
+        finally:
+            if decoder.compile:
+                self.decoders[B, decoder.cache.length, injection] = decoder
+
+    def decoder(self, B, length, injection, compile):
+        """A Decoder for B rows of up to `length` tokens; a compiled one is used again and again, so it is made a little longer."""
+        if not compile or not self.compiles:
+            return Decoder(self, B, length, injection)
+        length = -(-length // 128) * 128
+        while len(self.decoders) > 3:                      # each has a KV cache
+            self.decoders.pop(next(iter(self.decoders)))
+        return self.decoders.pop((B, length, injection), None) or Decoder(self, B, length, injection, compile=True)
 
     def generate(self, input_ids, max_new_tokens=32, **options):
         """Prompt and continuation, (B, T + new); options as in `stream`."""
-        return torch.stack([*input_ids.T, *self.stream(input_ids, max_new_tokens=max_new_tokens, **options)], dim=1)
+        new = torch.stack([*self.stream(input_ids, max_new_tokens=max_new_tokens, **options)], dim=1)
+        return torch.cat((input_ids, new.to(input_ids.device)), dim=1)
 
     @classmethod
     def from_pretrained(cls, name, dtype=None, device="cpu"):
@@ -555,6 +586,108 @@ class Gemma(nn.Module):
         return digest.hexdigest()[:16]
 
 
+# -------------------------------------------------------------------------------------------------------- decoding
+
+class Decoder:
+    """The passes of one request on a KVCache: `prefill` reads the prompt, then each `step` one token of every row.
+
+    With `compile`, layers are compiled for the prefill and the step as a whole, and on a GPU the step becomes a CUDA graph:
+    its kernels run again and again on the same addresses, without Python. So token, cache and what an injection keeps in
+    `cache.memory` have fixed places, steps read nothing else that changes, and a Decoder serves any request of its shape.
+    """
+
+    def __init__(self, model, B, length, injection=None, compile=False):
+        self.model, self.injection, self.compile = model, injection, compile
+        self.cache = KVCache(model.config, B, length, model.dtype, model.device)
+        self.token = torch.zeros(B, 1, dtype=torch.long, device=model.device)
+        self.graph = self.logits = None
+        self.layer, self.whole = DecoderLayer.__call__, Gemma.__call__
+        if compile:
+            self.tried(self.compile_passes)
+
+    def compile_passes(self):
+        if self.compile:
+            tuned = {"coordinate_descent_tuning": True} if self.token.is_cuda else None    # or products of matrix and vector are slow
+            self.layer = torch.compile(DecoderLayer.forward, dynamic=True)
+            self.whole = torch.compile(Gemma.forward, dynamic=False, options=tuned)
+
+    def prefill(self, input_ids, attention_mask, question_mask):
+        """Read the prompt, (B, T), from an empty cache. Returns the logits (B, V) of what follows."""
+        self.cache.position.zero_(), self.cache.seen.zero_()
+        before, self.cache.memory = self.cache.memory, {}
+        logits = self.tried(lambda: self.model(input_ids, attention_mask, question_mask, self.cache, self.injection, True, self.layer))
+        shapes = lambda memory: {name: (t.shape, t.dtype) for name, t in memory.items()}
+        if shapes(before) == shapes(self.cache.memory):
+            for name, tensor in self.cache.memory.items():
+                before[name].copy_(tensor)
+            self.cache.memory = before
+        else:
+            self.graph = None
+        return logits[:, -1]
+
+    def step(self, token):
+        """Read one token of each row, (B,). Returns the logits (B, V) of what follows, which the next step may overwrite."""
+        self.token.copy_(token[:, None])
+        if self.compile and self.graph is None and self.token.is_cuda:
+            self.tried(self.record)
+        if self.graph is None:
+            return self.tried(self.run)
+        self.graph.replay()
+        return self.logits
+
+    def run(self):
+        return self.whole(self.model, self.token, None, None, self.cache, self.injection, True)[:, -1]
+
+    def record(self):
+        """Make a CUDA graph of a step. What is not to be recorded, compiling above all, happens in a few steps before."""
+        position, seen = self.cache.position.clone(), self.cache.seen.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.run()
+                self.cache.position.copy_(position), self.cache.seen.copy_(seen)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.run()
+
+    def tried(self, work):
+        """work(), once more without compiling where that is impossible, which is then said once."""
+        if not self.compile:
+            return work()
+        position, seen = self.cache.position.clone(), self.cache.seen.clone()
+        try:
+            return work()
+        except InputError:
+            raise
+        except Exception as error:                         # no compiler, no Triton, another PyTorch: there are many ways to fail
+            reason = next(iter(str(error).strip().splitlines()), "")[:200]
+            print(f"note: can't compile here ({type(error).__name__}: {reason}); going on without.", file=sys.stderr)
+            self.model.compiles = self.compile = False
+            self.layer, self.whole, self.graph = DecoderLayer.__call__, Gemma.__call__, None
+            self.cache.position.copy_(position), self.cache.seen.copy_(seen)
+            return work()
+
+
+def arriving(tokens):
+    """Copies of tokens on the CPU. A GPU is given the next step before the last one's token is waited for, so it never idles."""
+    waiting = None
+    for token in tokens:
+        if not token.is_cuda:
+            yield token.cpu()
+            continue
+        copy, event = token.to("cpu", non_blocking=True), torch.cuda.Event()
+        event.record()
+        if waiting is not None:
+            waiting[1].synchronize()
+            yield waiting[0]
+        waiting = copy, event
+    if waiting is not None:
+        waiting[1].synchronize()
+        yield waiting[0]
+
+
 # --------------------------------------------------------------------------------------------------------- sampler
 
 def check_sampling(temperature, top_k, top_p, max_new_tokens=1):
@@ -576,7 +709,7 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     probability p (https://arxiv.org/abs/1904.09751).
     """
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.max(-1).indices                      # argmax, but several times as fast on a CPU
     logits = logits.float() - logits.float().amax(-1, keepdim=True)  # first, or a small temperature would overflow
     probabilities, tokens = (logits / max(temperature, 1e-30)).softmax(-1).sort(-1, descending=True)  # (B, V)
     if top_k:
@@ -585,8 +718,9 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
         before = probabilities.cumsum(-1) - probabilities      # the mass of all better tokens
         total = probabilities.sum(-1, keepdim=True)
         probabilities = probabilities.masked_fill(before >= top_p * total, 0.0)
-    choice = torch.multinomial(probabilities, 1, generator=generator)
-    return tokens.gather(1, choice)[:, 0]
+    # Each token waits for a random time, short if it is likely; the first is chosen. As torch.multinomial, which a GPU waits for.
+    waits = torch.empty_like(probabilities).exponential_(generator=generator)
+    return tokens.gather(1, (probabilities / waits).max(-1, keepdim=True).indices)[:, 0]
 
 
 # --------------------------------------------------------------------------------------------------------- loading

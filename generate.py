@@ -58,6 +58,7 @@ def parse_arguments(arguments):
     parser.add_argument("--base", help="another place to find the model's base: a folder or a Hub id (default: where the model says)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the base (default: float32 on the CPU, else bfloat16)")
+    parser.add_argument("--compile", action="store_true", help="compile the model: slow to start, then fast; for many questions or long answers")
     parser.add_argument("--why", action="store_true", help="show which facts each answer drew on, and how much")
     parser.add_argument("--explain", metavar="PAGE.html", help="write a page that shows what the last answer drew on, token by token")
     choice = parser.add_argument_group("choosing tokens")
@@ -114,7 +115,7 @@ def answer(model, question, args):
     """Print the answer as it is generated."""
     longest = model.gemma.config.max_position_embeddings // 2              # the other half of the context is for the question
     pieces = model.answer_stream([question], max_new_tokens=min(args.max_tokens, longest), temperature=args.temperature,
-                                 top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+                                 top_k=args.top_k, top_p=args.top_p, seed=args.seed, compile=args.compile)
     for (piece,) in pieces:
         print(one_line(piece) if sys.stdout.isatty() else piece, end="", flush=True)
     print(flush=True)

@@ -22,9 +22,9 @@ def softmax_by_target(scores, target, N):
     """
     index = target[:, None].expand_as(scores)
     highest = scores.new_full((N, scores.shape[1]), -torch.inf).scatter_reduce(0, index, scores.detach(), "amax")
-    weights = (scores - highest[target]).exp()
+    weights = (scores - highest.index_select(0, target)).exp()
     total = weights.new_zeros(N, scores.shape[1]).index_add(0, target, weights)
-    return weights / total[target]
+    return weights * total.reciprocal().index_select(0, target)
 
 
 class GATLayer(nn.Module):
@@ -66,8 +66,9 @@ class GATLayer(nn.Module):
         z = self.project(x).view(N, H, C)
 
         # 2. Score every edge. The score a . [z_i || z_j] of the paper is a sum, so each half is computed per node.
-        scores = (z * self.score_source).sum(-1)[source] + (z * self.score_target).sum(-1)[target]   # (E, H)
-        message = z[source]                                                                          # (E, H, C)
+        # (index_select is [...] for one index, whose gradient needs no sorting.)
+        scores = (z * self.score_source).sum(-1).index_select(0, source) + (z * self.score_target).sum(-1).index_select(0, target)   # (E, H)
+        message = z.index_select(0, source)                                                          # (E, H, C)
         if self.project_edge is not None and edge_attr is not None:
             e = self.project_edge(edge_attr).view(-1, H, C)
             scores = scores + (e * self.score_edge).sum(-1)

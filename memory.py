@@ -35,6 +35,8 @@ from gnn import EpisodicMemoryGNN, SentenceAttention, SimilarityEdges, time_edge
 
 DONT_KNOW = "I don't know."
 PART = 1024                          # facts that are written at a time
+BLOCK = 2 ** 16                      # episodes whose keys are worked out at a time
+ON_DEVICE = 2 ** 31                  # bytes of token keys that a GPU holds; more of them live in the host's memory
 HERE = Path(__file__).resolve().parent
 
 
@@ -128,9 +130,9 @@ class TokenStore:
         return place, offset < self.lengths[episodes][..., None]
 
     def keys_at(self, place, side):
-        """Keys of the tokens at `place` (...), to read by (side 0) or to match by (1): (..., H * C). What is kept in half
-        precision is computed with in full."""
-        keys = self.keys.unflatten(1, (2, -1))[place, side]
+        """Keys of the tokens at `place` (...), to read by (side 0) or to match by (1): (..., H * C), on the device of `place`,
+        wherever they are kept. What is kept in half precision is computed with in full."""
+        keys = self.keys.unflatten(1, (2, -1))[place.to(self.keys.device), side].to(place.device)
         return keys.float() if keys.dtype == torch.float16 else keys
 
     def joined(self, others):
@@ -143,18 +145,36 @@ class MemoryView:
     """What the injection layer sees of G memories, each in the order it was told."""
 
     keys: torch.Tensor               # (G, N, H, C)
-    nodes: torch.Tensor              # (G, N, D) standardised features
+    nodes: torch.Tensor              # (G, N, D)
     valid: torch.Tensor              # (G, N)
     episodes: torch.Tensor           # (G, N) rows of `tokens`
     tokens: TokenStore
+
+
+class Growing:
+    """Tensors with room behind their end: to append to one copies what is new, and the old only now and then, as in a list."""
+
+    def __init__(self):
+        self.buffers, self.used = {}, {}
+
+    def append(self, name, old, new):
+        """`old` (N, ...), usually what the last call of this name returned, with `new` (n, ...) behind it, on the device of `new`."""
+        buffer, n = self.buffers.get(name), len(old) + len(new)
+        if buffer is None or buffer.data_ptr() != old.data_ptr() or self.used[name] != len(old) or n > len(buffer) or buffer.device != new.device:
+            buffer = new.new_empty(max(n, 3 * len(old) // 2), *new.shape[1:])
+            buffer[:len(old)] = old
+            self.buffers[name] = buffer
+        buffer[len(old):n] = new
+        self.used[name] = n
+        return buffer[:n]
 
 
 class EpisodeGraph:
     """The episodes of one memory in the order they were told, as tensors.
 
     Edges are not stored: those in time follow from the order, those of similarity are drawn when a question is asked. `keys`
-    are worked out at the next question after a change and kept until the next change; while training, whose every step is
-    one, they are not kept. Nor are the states that token keys are made of, but while training: `states` (all tokens, D).
+    are worked out at the next question after a change, of those episodes whose neighbourhood changed; while training, whose
+    every step is a change, they are not kept. Nor are the states that token keys are made of, but while training: `states` (all tokens, D).
     """
 
     def __init__(self, config, hidden_size, device):
@@ -164,7 +184,7 @@ class EpisodeGraph:
 
     def clear(self, hidden_size):
         long = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=self.device)
-        self.ids, self.texts = [], []
+        self.ids, self.texts, self.room = [], [], Growing()
         self.tokens = TokenStore(long(0), torch.zeros(0, 2 * self.config.heads * self.config.token_key_dim, dtype=torch.float16, device=self.device), long(0))
         self.states = None
         self.nodes = torch.zeros(0, node_width(self.config, hidden_size), device=self.device)   # (N, D or 2 D)
@@ -179,9 +199,14 @@ class EpisodeGraph:
         self.next_id += len(texts)
         self.ids += new_ids
         self.texts += texts
-        self.tokens = self.tokens.joined([tokens for tokens, _ in parts])
-        self.nodes = torch.cat((self.nodes, *(nodes for _, nodes in parts)))
-        self.states = self.keys = None
+        ids, keys, tokens = self.tokens.ids, self.tokens.keys, sum(len(store.ids) for store, _ in parts)
+        home = self.device if (len(ids) + tokens) * keys.shape[1] * keys.itemsize <= ON_DEVICE else "cpu"
+        for store, nodes in parts:
+            ids, keys = self.room.append("ids", ids, store.ids), self.room.append("token keys", keys, store.keys.to(home))
+            self.nodes = self.room.append("nodes", self.nodes, nodes)
+        self.tokens = TokenStore(ids, keys, torch.cat((self.tokens.lengths, *(store.lengths for store, _ in parts))))
+        self.states = None
+        self.keys = None if self.keys is None else self.keys[:-1]          # the last one has got another neighbour
         return new_ids
 
     def forget(self, episode_id):
@@ -201,12 +226,16 @@ class EpisodeGraph:
         """The MemoryView of this one memory (G = 1), with gradients while the injection layer trains."""
         N, training = len(self), injection.training
         valid = torch.ones(1, N, dtype=torch.bool, device=self.device)
-        if self.keys is None or training:
+        if training:
             self.keys = injection.gnn.keys(self.nodes, *injection.edges(valid))
+        done = 0 if self.keys is None else len(self.keys)
+        for start in range(done, N, BLOCK):                                # with a neighbour on either side
+            stop, first, last = min(N, start + BLOCK), max(0, start - 1), min(N, start + BLOCK + 1)
+            keys = injection.gnn.keys(self.nodes[first:last], *injection.edges(valid[:, first:last]))[start - first:stop - first]
+            self.keys = self.room.append("keys", keys[:0] if self.keys is None else self.keys, keys)
         if training:
             self.tokens.keys = injection.token_keys(self.tokens.ids, self.states, self.tokens.lengths)
-        return MemoryView(self.keys[None], injection.gnn.standardise(self.nodes)[None], valid,
-                          torch.arange(N, device=self.device)[None], self.tokens)
+        return MemoryView(self.keys[None], self.nodes[None], valid, torch.arange(N, device=self.device)[None], self.tokens)
 
 
 def node_width(config, hidden_size):
@@ -344,54 +373,76 @@ class MemoryInjectionLayer(nn.Module, Injection):
     # -- asking
 
     def read(self, x, question, view, memo=None):
-        """x (R, T, F) features of the positions that read; question: a Question, None if `memo` knows what it chose.
+        """x (R, T, F) features of the positions that read; question: a Question. Returns a Reading.
 
-        memo: a dict that keeps what the question chose, for later positions. Returns a Reading.
+        memo: a dict that keeps what the question chose, for `read_on` at later positions.
         """
         R, T, _ = x.shape
         G, N = view.valid.shape
         config, rows = self.config, torch.arange(R, device=x.device)
         graph = rows // (R // G)
         count = view.valid.sum(1)
-        memo = {} if memo is None else memo
-        pool = memo.setdefault("pool", question.pool() if question is not None else None)
-        query = self.query_pool(pool)
-        query = query + self.query_own(x) if config.query == "token" else query.expand(R, T, -1)
-        reading, found = Reading(None, [], [], [], [], [], None, None), None
+        spare = 0 if memo is None else -view.tokens.longest % 16           # what is kept differs less in shape: see gemma.Decoder
+        last = question.last() if T > 1 else torch.zeros_like(rows)
+        pool = question.pool()
+        query = self.queries(x, pool)
+        reading, found, kept = Reading(None, [], [], [], [], [], None, None), None, []
         for hop in range(config.hops):
-            if hop not in memo:
-                # 1. Which episodes? The last position of the question asks all, and keeps the best k.
-                last = question.last() if T > 1 else torch.zeros_like(rows)
-                at = self.heads(query[rows, last])
-                asked = self.gnn.log_weights(at.view(G, R // G, config.heads, -1), view.keys, view.valid, count).view(R, config.heads, N + 1)
-                best = asked[..., :-1].exp().mean(1).topk(min(config.candidates, N), dim=-1).indices       # (R, k)
-                keys, valid = view.keys[graph[:, None], best], view.valid[graph[:, None], best]
-                # 2. Compared word by word, which of these? The best few will be read.
-                evidence, said_of = self.compare(hop, question, found[rows, last] if hop else None, view, graph, best, keys) \
-                    if config.match else (keys.new_zeros(R, config.heads, best.shape[1]), None)
-                ranked = self.gnn.log_weights(at[:, None], keys, valid, count[graph], evidence)[:, 0]      # (R, H, k + 1)
-                top = ranked[..., :-1].exp().mean(1).topk(min(config.readable, best.shape[1]), dim=-1).indices   # (R, r)
-                chosen = best.gather(1, top)
-                evidence = evidence.gather(2, top[:, None].expand(-1, config.heads, -1))
-                said = said_of(chosen) if hasattr(self, "said_weight") else None                           # (R, H, r, M)
-                place, real = view.tokens.places(view.episodes[graph[:, None], chosen])
-                memo[hop] = (asked, best, ranked, chosen, keys[rows[:, None], top], valid.gather(1, top), evidence,
-                             view.tokens.ids[place], self.heads(view.tokens.keys_at(place, 0)), real, said)
-            asked, best, ranked, chosen, keys, valid, evidence, ids, token_keys, real, said = memo[hop]
-            # 3. Every position weighs them, and null, for itself.
-            weights = self.gnn.log_weights(self.heads(query), keys, valid, count[graph], evidence)         # (R, T, H, r + 1)
-            # 4. Which tokens inside them?
-            inside = self.weigh_tokens(hop, x, pool, token_keys, real, said)                               # (R, T, H, r, M)
-            reading.context = self.gnn.pooled_context(weights, inside, self.values(ids).flatten(1, 2))     # (R, T, H, D)
-            for kept, new in zip((reading.asked, reading.candidates, reading.ranked, reading.chosen, reading.weights),
-                                 (asked, best, ranked, chosen, weights)):
-                kept.append(new)
+            # 1. Which episodes? The last position of the question asks all, and keeps the best k.
+            at = self.heads(query[rows, last])
+            asked = self.gnn.log_weights(at.view(G, R // G, config.heads, -1), view.keys, view.valid, count).view(R, config.heads, N + 1)
+            best = asked[..., :-1].exp().mean(1).topk(min(config.candidates, N), dim=-1).indices           # (R, k)
+            keys, valid = view.keys[graph[:, None], best], view.valid[graph[:, None], best]
+            # 2. Compared word by word, which of these? The best few will be read.
+            evidence, said_of = self.compare(hop, question, found[rows, last] if hop else None, view, graph, best, keys) \
+                if config.match else (keys.new_zeros(R, config.heads, best.shape[1]), None)
+            ranked = self.gnn.log_weights(at[:, None], keys, valid, count[graph], evidence)[:, 0]          # (R, H, k + 1)
+            top = ranked[..., :-1].exp().mean(1).topk(min(config.readable, best.shape[1]), dim=-1).indices # (R, r)
+            chosen = best.gather(1, top)
+            place, real = view.tokens.places(view.episodes[graph[:, None], chosen])
+            place, real = F.pad(place, (0, spare)), F.pad(real, (0, spare))                                # (R, r, M)
+            ids = view.tokens.ids[place]
+            kept.append(dict(keys=keys[rows[:, None], top], valid=valid.gather(1, top), count=count[graph], real=real,
+                             evidence=evidence.gather(2, top[:, None].expand(-1, config.heads, -1)),
+                             token_keys=self.heads(view.tokens.keys_at(place, 0)), values=self.values(ids).flatten(1, 2)))
+            if hasattr(self, "said_weight"):
+                kept[-1]["said"] = F.pad(said_of(chosen), (0, spare))                                      # (R, H, r, M)
+            weights, inside, reading.context = self.attend(hop, x, pool, query, kept[-1])
+            for shown, new in zip((reading.asked, reading.candidates, reading.ranked, reading.chosen, reading.weights),
+                                  (asked, best, ranked, chosen, weights)):
+                shown.append(new)
             if hop + 1 < config.hops:
                 # What was found asks on: "Maria's brother is Tom" turns a question about Maria into one about Tom.
                 found = reading.context.mean(2)
                 query = query + self.hop_query[hop](found)
         reading.token_ids, reading.token_weights = ids.masked_fill(~real, -1), inside
+        if memo is not None:
+            memo.update({name: torch.stack([of[name] for of in kept]) for name in kept[0]}, pool=pool)
         return reading
+
+    def read_on(self, x, memo):
+        """What later positions read, x (R, T, F), of the episodes that the question chose: context (R, T, H, D)."""
+        query = self.queries(x, memo["pool"])
+        for hop in range(self.config.hops):
+            kept = {name: tensor[hop] for name, tensor in memo.items() if name != "pool"}
+            context = self.attend(hop, x, memo["pool"], query, kept)[-1]
+            query = query + self.hop_query[hop](context.mean(2)) if hop + 1 < self.config.hops else query
+        return context
+
+    def queries(self, x, pool):
+        query = self.query_pool(pool)
+        return query + self.query_own(x) if self.config.query == "token" else query.expand(*x.shape[:2], -1)   # (R, T, H * C)
+
+    def attend(self, hop, x, pool, query, kept):
+        """Every position for itself, among the episodes that are read. kept: what `read` found out about these.
+
+        Returns log-weights (R, T, H, r + 1) of the episodes and null, attention inside each (R, T, H, r, M), context (R, T, H, D).
+        """
+        # 3. Which of them, or null?
+        weights = self.gnn.log_weights(self.heads(query), kept["keys"], kept["valid"], kept["count"], kept["evidence"])
+        # 4. Which tokens inside them?
+        inside = self.weigh_tokens(hop, x, pool, kept["token_keys"], kept["real"], kept.get("said"))
+        return weights, inside, self.gnn.pooled_context(weights, inside, kept["values"])
 
     def compare(self, hop, question, found, view, graph, best, keys):
         """Evidence (R, H, k) for the candidates `best` (R, k): each word of the question looks for its like among theirs.
@@ -420,7 +471,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         like, said = torch.cat(like, -1), torch.cat(said, -2)                                              # (R, H, W, U), (R, H, U, M)
         slot = torch.zeros(G, N, dtype=torch.long, device=q.device).scatter(1, several, torch.arange(several.shape[1], device=q.device).expand_as(several))
         at = [slot[graph[:, None], row][:, None, None].expand(-1, *like.shape[1:3], -1) for row in wanted]
-        nodes = view.nodes[graph[:, None], best]                                                           # (R, k, D)
+        nodes = self.gnn.standardise(view.nodes[graph[:, None], best])                                     # (R, k, D)
         most = like.gather(-1, at[0])                                                                      # (R, H, W, k)
         if self.config.time_edges:
             # Beside its own words a sentence may borrow those of the sentences before it: it may start with "she".
@@ -478,7 +529,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         self.input_ids = input_ids
         self.speaking = real & (input_ids != BOS)                          # <bos>, an outlier, neither asks nor listens
         self.question = None if question_mask is None else question_mask.bool() & self.speaking
-        self.memo = None if cache is None else cache.memory
+        self.memo = None if cache is None else cache.memory                # full while decoding: the question was put at prefill
 
     def after_layer(self, layer, h):
         if layer != self.config.inject_after or self.view is None:
@@ -487,8 +538,9 @@ class MemoryInjectionLayer(nn.Module, Injection):
         if self.question is None and not self.memo:
             context, heard = self.read_everywhere(x)
             return self.inject(h, context, ~(self.speaking & heard))
-        # While decoding, the question was put at prefill, and the memo knows what it chose.
-        self.reading = self.read(x, None if self.memo else Question(x, self.question), self.view, self.memo)
+        if self.memo:
+            return self.inject(h, self.read_on(x, self.memo), ~self.speaking)
+        self.reading = self.read(x, Question(x, self.question), self.view, self.memo)
         return self.inject(h, self.reading.context, ~self.speaking)
 
     def read_everywhere(self, x):
@@ -606,14 +658,14 @@ class MemoryModel(nn.Module):
         return self.gemma(input_ids, attention_mask, question_mask, injection=self.injection)
 
     def stream(self, input_ids, **options):
-        """As Gemma.stream, with the memory. The whole of input_ids is the question."""
+        """As Gemma.stream, with the memory. The whole of input_ids is the question; with `compile`, decoding is compiled."""
         self._open()
         return self.gemma.stream(input_ids, injection=self.injection, **options)
 
     def generate(self, input_ids, max_new_tokens=32, temperature=0.0, **options):
         """Prompt and continuation, (B, T + new). Never refuses; see `answer`."""
-        new = self.stream(input_ids, max_new_tokens=max_new_tokens, temperature=temperature, **options)
-        return torch.stack([*input_ids.T, *new], dim=1)
+        self._open()
+        return self.gemma.generate(input_ids, max_new_tokens, temperature=temperature, injection=self.injection, **options)
 
     def prompt(self, question):
         """Token ids that ask `question` of this base."""
@@ -636,7 +688,7 @@ class MemoryModel(nn.Module):
     def answer(self, question, **options):
         """The answer to a question, or the list of answers to a list of questions, which are asked in one batch.
 
-        Greedy unless options (max_new_tokens, temperature, top_k, top_p, seed) say otherwise. DONT_KNOW where the null
+        Greedy unless options (max_new_tokens, temperature, top_k, top_p, seed, compile) say otherwise. DONT_KNOW where the null
         episode's weight passes the threshold, and whenever a memory that is told facts is empty.
         """
         questions = [question] if isinstance(question, str) else list(question)
@@ -781,31 +833,30 @@ class GemmaWithMemory(MemoryModel):
 
     # -- writing
 
-    @torch.no_grad()
     def states(self, batch):
         """Token ids (lists, each with <bos>) -> states after layer `inject_after`, without <bos>: a list of (M, D)."""
-        longest = max(map(len, batch))
-        ids = torch.tensor([row + [PAD] * (longest - len(row)) for row in batch], device=self.gemma.device)
-        mask = torch.arange(longest, device=ids.device) < torch.tensor([len(row) for row in batch], device=ids.device)[:, None]
-        h = self.gemma.embed(ids)
-        h = self.gemma.run_layers(h, Places(self.gemma.config, *ids.shape, mask, None, ids.device), 1, self.config.inject_after)
-        return [h[i, 1:len(row)] for i, row in enumerate(batch)]
-
-    def node_features(self, ids, states):
-        """One vector per episode: the mean of its tokens' states, of their embeddings (the plan's), or both. (M,), (M, D) -> (D,)."""
-        return node_features(self.config, states, self.gemma.embed_tokens.weight[ids]).mean(0)
+        return self.encode(batch).split([len(row) - 1 for row in batch])
 
     @torch.no_grad()
     def encode(self, facts, done=lambda count: None):
-        """Token ids of facts (lists, each with <bos>) -> their states, as `states`. Calls done(how many) after each batch."""
+        """Token ids of facts (lists, each with <bos>) -> states of their tokens after layer `inject_after`, without <bos>, end
+        to end: (all, D). Calls done(how many) after each batch."""
+        gemma, device = self.gemma, self.gemma.device
+        lengths = torch.tensor([len(row) for row in facts], device=device)
+        starts = (lengths - 1).cumsum(0) - lengths                         # where a row's <bos> would be, one before its first token
+        states = torch.empty(sum(len(row) - 1 for row in facts), gemma.config.hidden_size, dtype=gemma.dtype, device=device)
         # Sentences of like length together: less padding. Long ones in smaller batches: bounded memory.
         order = sorted(range(len(facts)), key=lambda i: len(facts[i]))
-        states = [None] * len(facts)
         while order:
             size = max(1, min(256, 8192 // len(facts[order[:256][-1]])))
             batch, order = order[:size], order[size:]
-            for i, s in zip(batch, self.states([facts[i] for i in batch])):
-                states[i] = s
+            longest = len(facts[batch[-1]])
+            ids = torch.tensor([facts[i] + [PAD] * (longest - len(facts[i])) for i in batch], device=device)
+            rows, offset = torch.tensor(batch, device=device), torch.arange(longest, device=device)
+            real = offset < lengths[rows, None]
+            h = gemma.run_layers(gemma.embed(ids), Places(gemma.config, *ids.shape, real, None, device), 1, self.config.inject_after)
+            keep = real & (offset > 0)
+            states[(starts[rows, None] + offset)[keep]] = h[keep]
             done(len(batch))
         return states
 
@@ -819,10 +870,12 @@ class GemmaWithMemory(MemoryModel):
             size = max(1, min(PART, 2 ** 24 // max(map(len, facts[:PART])) ** 2))      # of long ones fewer: all pairs of tokens attend
             part, facts = facts[:size], facts[size:]
             states = self.encode(part, done)
-            ids = [torch.tensor(row[1:], device=self.gemma.device) for row in part]
-            lengths = torch.tensor([len(row) for row in ids], device=self.gemma.device)
-            keys = self.injection.token_keys(torch.cat(ids), torch.cat(states), lengths)
-            yield TokenStore(torch.cat(ids), keys.half(), lengths), torch.stack([self.node_features(*pair) for pair in zip(ids, states)])
+            ids = torch.tensor([token for row in part for token in row[1:]], dtype=torch.long, device=states.device)
+            lengths = torch.tensor([len(row) - 1 for row in part], device=states.device)
+            features = node_features(self.config, states, self.gemma.embed_tokens.weight[ids])
+            owner = torch.arange(len(part), device=states.device).repeat_interleave(lengths)
+            total = features.new_zeros(len(part), features.shape[1]).index_add(0, owner, features)
+            yield TokenStore(ids, self.injection.token_keys(ids, states, lengths).half(), lengths), total / lengths[:, None]
 
     @torch.no_grad()
     def add_to_memory(self, text, progress=False):
@@ -866,7 +919,7 @@ class GemmaWithMemory(MemoryModel):
         """Point the injection layer at this model's own memory, as it is now."""
         self.injection.reading, graph = None, self.memory_graph
         if self.training and graph.states is None and len(graph):
-            graph.states = torch.cat(self.encode([self.token_ids(text) for text in graph.texts]))
+            graph.states = self.encode([self.token_ids(text) for text in graph.texts])
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
             self.injection.view = graph.view(self.injection) if len(graph) else None
 

@@ -114,7 +114,7 @@ def memories(model, pool, batch):
     place = pool.facts.starts[facts][owner] + torch.arange(len(owner), device=x.device) - (lengths.cumsum(0) - lengths)[owner]
     ids = pool.facts.ids[place]
     tokens = TokenStore(ids, injection.token_keys(ids, pool.facts.keys[place], lengths), lengths)
-    return MemoryView(injection.gnn.keys(x, *injection.edges(valid)).unflatten(0, (G, N)), injection.gnn.standardise(x).view(G, N, -1),
+    return MemoryView(injection.gnn.keys(x, *injection.edges(valid)).unflatten(0, (G, N)), x.view(G, N, -1),
                       valid, torch.arange(G * N, device=x.device).view(G, N), tokens)
 
 

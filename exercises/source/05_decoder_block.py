@@ -100,8 +100,7 @@ def install(mine):
     def forward(self, h, places, slots=None, layer=0, injection=None):
         # The block as exercised has no socket between attention and MLP; this project's memory uses none there.
         norms = (self.input_layernorm, self.post_attention_layernorm, self.pre_feedforward_layernorm, self.post_feedforward_layernorm)
-        h = mine.block(h, norms, lambda x: self.self_attn(x, places, slots), self.mlp)
-        return injection.after_layer(layer, h) if injection is not None else h
+        return mine.block(h, norms, lambda x: self.self_attn(x, places, slots), self.mlp)
 
     gemma.DecoderLayer.forward = forward
     gemma.MLP.forward = lambda self, h: mine.mlp(h, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)

@@ -1,0 +1,184 @@
+"""Speed that changes no answer: compiled decoding gives the same tokens and is compiled once, memories grow in place, benches run."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+import memory
+from bench import decode, gat, memory_scale, timing, train_step
+from gemma import InputError, KVCache
+from memory import GemmaWithMemory, Growing
+from toy import FACTS, one_thread, toy_model  # noqa: F401 (one_thread is a fixture)
+
+QUESTIONS = ["Where does Maria live?", "Who has the red bike that we saw yesterday?", "Who?"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return toy_model(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def model(folder):
+    model = GemmaWithMemory.from_pretrained(folder)
+    model.config.null_threshold = 1.0                                      # random: it shall always speak
+    return model
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile without a compiler: code is traced as for one, then run as it is. Returns how many graphs were traced so far."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend="eager", dynamic=options["dynamic"]))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------------------------------ compiled
+
+def test_compiled_answers_are_the_same_and_compiled_once(model, traced, capsys):
+    """Catches a step that depends on the length of the prompt or on what is remembered, and is compiled again and again; one
+    that reads another request's memory or cache; and code that can't be compiled in one piece."""
+    model.add_to_memory(FACTS)
+    expected = [model.answer(q, max_new_tokens=12) for q in QUESTIONS]
+    assert len(set(expected)) > 1
+    assert model.answer(QUESTIONS[0], max_new_tokens=12, compile=True) == expected[0]
+    graphs = traced()
+    assert graphs == 3                                                     # a sliding layer, a full one, and the step
+    for question, answer in list(zip(QUESTIONS, expected))[::-1]:
+        assert model.answer(question, max_new_tokens=12, compile=True) == answer
+    model.add_to_memory("Maria moved to Oslo.")
+    model.forget(1)
+    for question in QUESTIONS:
+        assert model.answer(question, max_new_tokens=12, compile=True) == model.answer(question, max_new_tokens=12)
+    assert traced() == graphs and not torch._dynamo.utils.counters["graph_break"]
+    assert model.gemma.compiles and "can't compile" not in capsys.readouterr().err
+
+
+def test_two_compiled_streams_at_once(model, traced):
+    """Catches two conversations that share a cache, and random draws that compiling changes."""
+    options = dict(max_new_tokens=6, stop=(), temperature=1.0, seed=5)
+    prompts = [torch.tensor([model.prompt(q)]) for q in QUESTIONS[:2]]
+    alone = [torch.cat([*model.gemma.stream(ids, **options)]) for ids in prompts]
+    both = zip(*(model.gemma.stream(ids, compile=True, **options) for ids in prompts))
+    for got, expected in zip(zip(*both), alone):
+        assert torch.equal(torch.cat(got), expected)
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_where_compiling_is_impossible_it_says_so_and_goes_on(model, monkeypatch, capsys, when):
+    """Catches a traceback, a message for each question, and an answer that suffers from the attempt."""
+    def impossible(*_, **__):
+        raise RuntimeError("no compiler\nand more of it")
+
+    model.add_to_memory(FACTS)
+    expected = [model.answer(q, max_new_tokens=8) for q in QUESTIONS]
+    monkeypatch.setattr(torch, "compile", impossible if when == "at once" else lambda f, **_: impossible)
+    assert [model.answer(q, max_new_tokens=8, compile=True) for q in QUESTIONS] == expected
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "can't compile here (RuntimeError: no compiler)" in said[0]
+
+
+def test_bad_input_is_no_failure_to_compile(model, traced, capsys):
+    with pytest.raises(InputError, match="token ids from 0"):
+        list(model.gemma.stream(torch.tensor([[2, 10 ** 6]]), compile=True))
+    assert model.gemma.compiles and "can't compile" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graphs_give_the_tokens_of_eager(folder):
+    """Catches a graph that reads a stale address: memories and prompts change between its replays."""
+    model = GemmaWithMemory.from_pretrained(folder, device="cuda", dtype=torch.float32)
+    model.config.null_threshold = 1.0
+    for facts in (FACTS[:4], FACTS[4:], ["Zoë moved to Graz and everybody was glad of it, since she had long wished to."]):
+        model.add_to_memory(facts)
+        for question in QUESTIONS:
+            assert model.answer(question, compile=True) == model.answer(question)
+        assert model.answer(QUESTIONS, compile=True) == model.answer(QUESTIONS)
+    assert model.gemma.compiles
+
+
+def test_what_is_kept_of_a_question_is_tensors_of_few_shapes(model):
+    """Catches state outside of cache.memory's tensors, which no CUDA graph would see change, and shapes that follow each fact's length."""
+    shapes = set()
+    for facts in (FACTS, ["Ana works in Oslo today."], ["Ben was born."]):
+        model.add_to_memory(facts)
+        model._open()
+        ids = torch.tensor([model.prompt(QUESTIONS[0])])
+        cache = KVCache(model.gemma.config, 1, 64, torch.float32, "cpu")
+        model.gemma(ids, None, torch.ones_like(ids), cache, model.injection)
+        shapes.add(tuple((name, tuple(tensor.shape)) for name, tensor in cache.memory.items()))
+    assert len(shapes) == 1 and "pool" in cache.memory
+
+
+# -------------------------------------------------------------------------------------------------------------- growth
+
+def test_growing_copies_rarely_and_never_mixes_up():
+    """Catches an append that writes over what another tensor still shows, or copies everything each time."""
+    room, whole, copies = Growing(), torch.zeros(0, 2), 0
+    for i in range(200):
+        before = whole.data_ptr()
+        whole = room.append("x", whole, torch.full((1, 2), float(i)))
+        copies += whole.data_ptr() != before
+    assert torch.equal(whole[:, 0], torch.arange(200.0)) and copies < 20
+    short = whole[:100]
+    other = room.append("x", short, torch.full((1, 2), -1.0))              # as after forgetting: not the newest
+    assert whole[100, 0] == 100 and other[100, 0] == -1 and len(other) == 101
+    assert torch.equal(room.append("x", torch.ones(3, 2), torch.ones(1, 2)), torch.ones(4, 2))
+
+
+@torch.no_grad()
+def test_keys_of_what_changed_are_the_keys_of_all(model, monkeypatch):
+    """Catches a neighbour in time that is forgotten at the edge of a block, or that a new episode does not reach."""
+    monkeypatch.setattr(memory, "BLOCK", 3)
+    graph = model.memory_graph
+    for some in (FACTS[:4], FACTS[4:5], FACTS[5:]):
+        model.add_to_memory(some)
+        graph.view(model.injection)
+        whole = model.injection.gnn.keys(graph.nodes, *model.injection.edges(torch.ones(1, len(graph), dtype=torch.bool)))
+        torch.testing.assert_close(graph.keys, whole, rtol=1e-5, atol=1e-5)
+    model.forget(2)
+    graph.view(model.injection)
+    whole = model.injection.gnn.keys(graph.nodes, *model.injection.edges(torch.ones(1, len(graph), dtype=torch.bool)))
+    torch.testing.assert_close(graph.keys, whole, rtol=1e-5, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------- benches
+
+def test_transformers_has_the_same_weights():
+    """Catches a peer that is measured with other work to do: both give the same logits."""
+    base = timing.random_base("toy", torch.float32, "cpu")
+    ids = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(timing.transformers_of(base)(ids).logits, base(ids), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("bench, options", [(decode, ["--no-compile"]), (gat, []), (memory_scale, []), (train_step, [])], ids=lambda x: getattr(x, "__name__", ""))
+def test_quick_benches(bench, options, tmp_path, capsys):
+    """Catches a bench that fails on the GPU for which it was written, after minutes: all of it runs, and its report is whole."""
+    pytest.importorskip("transformers"), pytest.importorskip("torch_geometric")
+    out = tmp_path / "result.json"
+    result = bench.main(["--quick", *options, "--out", str(out)])
+    saved = json.loads(out.read_text())
+    assert saved["hardware"] and saved["command"].startswith("python -m bench.") and bench.report(saved) == bench.report(result)
+    assert "| " in capsys.readouterr().out
+    if bench is decode:
+        assert set(result["decoding"]) == {"ours, eager", "ours, eager, with memory", "transformers, eager"}
+        assert result["alike"]["transformers, eager"] == 1.0
+    if bench is train_step:
+        assert 0 < result["share"] < 1 and math.isfinite(result["theirs"])
+
+
+@pytest.mark.parametrize("bench, options", [(decode, ["--rounds", "0"]), (gat, ["--edges", "x"]), (memory_scale, ["--sizes", "0"]), (train_step, ["--batch", "3"])],
+                         ids=lambda x: getattr(x, "__name__", ""))
+def test_bad_input_is_one_sentence(bench, options, capsys, monkeypatch):
+    from bench.common import run
+    monkeypatch.setattr(sys, "argv", ["bench", *options])
+    with pytest.raises(SystemExit) as stopped:
+        run(bench.main)
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: expected")
