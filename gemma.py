@@ -268,7 +268,7 @@ class Injection:
     """
 
     def begin(self, input_ids, attention_mask, question_mask, cache):
-        """Runs first in every forward pass. Lasting state of one request belongs in `cache.memory`, a dict of tensors."""
+        """Runs first in every forward pass. Lasting state of one request belongs in `cache.memory`, a dict, best of tensors."""
 
     def on_embeddings(self, h):
         return h
@@ -379,7 +379,7 @@ class Slots:
 class KVCache:
     """A static cache: every tensor has its final size from the start and is written in place.
 
-    B rows with room for `length` tokens each. `memory` is a dict of tensors in which an Injection keeps what it worked out
+    B rows with room for `length` tokens each. `memory` is a dict in which an Injection keeps what it worked out
     at prefill, such as the question's pooled state.
     """
 
@@ -616,8 +616,8 @@ class Decoder:
         self.cache.position.zero_(), self.cache.seen.zero_()
         before, self.cache.memory = self.cache.memory, {}
         logits = self.tried(lambda: self.model(input_ids, attention_mask, question_mask, self.cache, self.injection, True, self.layer))
-        shapes = lambda memory: {name: (t.shape, t.dtype) for name, t in memory.items()}
-        if shapes(before) == shapes(self.cache.memory):
+        shapes = lambda memory: {name: torch.is_tensor(t) and (t.shape, t.dtype) for name, t in memory.items()}
+        if all(shapes(before).values()) and shapes(before) == shapes(self.cache.memory):
             for name, tensor in self.cache.memory.items():
                 before[name].copy_(tensor)
             self.cache.memory = before
