@@ -475,7 +475,7 @@ def test_features_drop_out_while_training_alone(full):
     """Catches answers that differ from one time to the next, keys of dropped-out features that stay, and training without dropout."""
     full.injection.config = full.config = replace(full.config, dropout=0.5)
     ids, before = full.memory_graph.tokens.ids, full.recall(QUESTIONS[0])
-    states = torch.cat(full.encode([full.token_ids(fact) for fact in FACTS]))
+    states = full.encode([full.token_ids(fact) for fact in FACTS])
     features = lambda: full.injection.features(ids, states)
     plain = features()
     assert torch.equal(features(), plain)
