@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+from bench import decode, gat, memory_scale, train_step
 from bench.common import percent, table
 from bench.recall import report
 from gemma import InputError, replacing
@@ -78,11 +79,19 @@ def default(name):
             f"held-out people and values, trained phrasings: {', '.join(sizes)}.")
 
 
+def speed(name):
+    """What one of the speed benches printed, of the result that it saved as NAME.json; its kind is the name's first word."""
+    result = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    bench = dict(decode=decode, gat=gat, memory_scale=memory_scale, train_step=train_step)[name.split("-")[0]]
+    command = re.sub(r" --out \S+", "", result["command"]).strip()
+    return f"`{command}`, {result['hardware']}, {result['threads']} thread{'s'[:result['threads'] != 1]} on the CPU.\n\n{bench.report(result)}"
+
+
 def filled(text):
     """README text with every block of figures made anew."""
     def block(match):
         what, _, name = match[1].partition(" ")
-        return f"<!-- figures: {match[1]} -->\n{dict(recall=recall, refusal=refusal, edits=edits, natural=natural, training=training, default=default)[what](name)}\n<!-- end -->"
+        return f"<!-- figures: {match[1]} -->\n{dict(recall=recall, refusal=refusal, edits=edits, natural=natural, training=training, default=default, speed=speed)[what](name)}\n<!-- end -->"
     return re.sub(r"<!-- figures: ([\w. -]+?) -->.*?<!-- end -->", block, text, flags=re.S)
 
 
