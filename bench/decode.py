@@ -85,20 +85,19 @@ def decoding(model, peer, args):
 def first_token(model, peer, args):
     """Seconds to the first token of an answer: facts in memory, and the same facts in the prompt."""
     model.clear_memory()
-    facts = facts_of(args.in_prompt)
+    facts, question = facts_of(args.in_prompt), model.prompt("Where does Maria live?")
+    in_prompt = lambda: model.tokenizer.encode("\n".join(facts) + "\n") + question[1:]
+    while len(in_prompt()) >= model.gemma.config.max_position_embeddings:
+        facts = facts[:-max(1, len(facts) // 8)]                           # the context has no room for more
     model.add_to_memory(facts)
-    question = model.prompt("Where does Maria live?")
-    ids = torch.tensor([question], device=args.device)
-    long = torch.tensor([model.tokenizer.encode("\n".join(facts) + "\n") + question[1:]], device=args.device)
-    if long.shape[1] >= model.gemma.config.max_position_embeddings:
-        raise InputError(f"expected at most {model.gemma.config.max_position_embeddings} tokens of facts in the prompt, got {long.shape[1]}; give a smaller --in-prompt.")
+    ids, long = torch.tensor([question], device=args.device), torch.tensor([in_prompt()], device=args.device)
     first = lambda **options: lambda: next(model.stream(ids, max_new_tokens=args.tokens, **options))
     ways = {"memory, eager": first(), "prompt, ours": ours(model, long, 1)}
     if not args.no_compile and model.gemma.compiles:
         ways["memory, compiled"] = first(compile=True)
     if peer is not None:
         ways["prompt, transformers"] = theirs(peer, long, 1)
-    return in_turn(ways, args.rounds, args.device), long.shape[1]
+    return dict(first=in_turn(ways, args.rounds, args.device), prompt_tokens=long.shape[1], in_prompt=len(facts))
 
 
 def many(model, args):
@@ -168,8 +167,7 @@ def main(arguments=None):
     with torch.no_grad():
         result["decoding"], result["alike"] = decoding(model, peer, args)
         if args.in_prompt:
-            result["first"], result["prompt_tokens"] = first_token(model, peer, args)
-            result["in_prompt"] = args.in_prompt
+            result.update(first_token(model, peer, args))
         if args.questions:
             result["many"] = many(model, args)
     result = finish(result, args.out, given, "decode", args.device)

@@ -14,6 +14,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from bench import decode, gat, memory_scale, train_step
 from bench.common import percent, table
 from bench.ladder import LADDER, designs
 from bench.recall import report
@@ -160,6 +161,14 @@ def large(r):
             f"({spread('session_cpu_s')} of processor time, load average {r['opened_load']}), the first answer {spread('first_answer_s')}, the next {spread('next_answer_s')}")
 
 
+def speed(name):
+    """What one of the speed benches printed, of the result that it saved as NAME.json; its kind is the name's first word."""
+    result = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    bench = dict(decode=decode, gat=gat, memory_scale=memory_scale, train_step=train_step)[name.split("-")[0]]
+    command = re.sub(r" --out \S+", "", result["command"]).strip()
+    return f"`{command}`, {result['hardware']}, {result['threads']} thread{'s'[:result['threads'] != 1]} on the CPU.\n\n{bench.report(result)}"
+
+
 def filled(text):
     """The text of a page with every block of figures and code made anew."""
     text = re.sub(r"<!-- code: (\S+) (\S+) -->.*?<!-- end -->", lambda match: f"<!-- code: {match[1]} {match[2]} -->\n{code(match[1], match[2])}\n<!-- end -->",
@@ -167,7 +176,7 @@ def filled(text):
 
     def block(match):
         what, _, name = match[1].partition(" ")
-        return f"<!-- figures: {match[1]} -->\n{dict(recall=recall, refusal=refusal, edits=edits, natural=natural, training=training, default=default, ladder=ladder, survival=survival)[what](name)}\n<!-- end -->"
+        return f"<!-- figures: {match[1]} -->\n{dict(recall=recall, refusal=refusal, edits=edits, natural=natural, training=training, default=default, ladder=ladder, speed=speed, survival=survival)[what](name)}\n<!-- end -->"
     return re.sub(r"<!-- figures: ([\w. -]+?) -->.*?<!-- end -->", block, text, flags=re.S)
 
 

@@ -74,12 +74,19 @@ def random_base(shape, dtype, device):
 
 
 def model_of(name, dtype, device, **memory):
-    """A model to measure: "gemma-3-270m" with its own weights and memory, "1b" or "toy" with random ones; a fresh memory for these."""
+    """A model to measure: "gemma-3-270m" with its own weights and memory, "1b" or "toy" with random ones; a fresh memory for these.
+
+    The tokenizer of 1b is Google's if 270M is to be had, else that of tiny, which makes more tokens of a sentence.
+    """
     if name in SHAPES:
+        try:
+            tokenizer = Tokenizer(find_base("gemma-3-270m" if name == "1b" else "tiny"))
+        except InputError:
+            tokenizer = Tokenizer(find_base("tiny"))
         torch.manual_seed(0)
         gemma = random_base(name, dtype, device)
         config = MemoryConfig(inject_after=2 if name == "toy" else 8, **memory)
-        return GemmaWithMemory(gemma, Tokenizer(find_base("tiny")), config, name).eval()
+        return GemmaWithMemory(gemma, tokenizer, config, name).eval()
     return GemmaWithMemory.from_pretrained(name, dtype=dtype, device=device)
 
 
