@@ -1,8 +1,8 @@
 """Every command that README.md and docs/ print is run, long ones in a shorter form, in the order they are printed.
 
 COMMANDS says how: printed command -> what is run instead, with {toy} for a toy base with a memory, {tmp} for a scratch folder;
-AS_PRINTED where nothing need be shorter. Then what must be seen: a pattern in the output, or a file. Whoever prints a new
-command puts it here.
+AS_PRINTED where nothing need be shorter; or the test that runs a short form already. Then what must be seen: a pattern in the
+output, a file, or in that test the call. Whoever prints a new command puts it here.
 """
 
 import os
@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.readme import code as source
 from gemma import Gemma, GemmaConfig, Tokenizer
 from memory import GemmaWithMemory, MemoryConfig
 from toy import CONFIG, one_thread  # noqa: F401 (one_thread is a fixture)
@@ -46,13 +47,12 @@ COMMANDS = {
         (TRAIN + LARGE + "--sentence-layers 2 --minutes 5.9 --copying 0.3 --out out/C", Path("out/C/memory.json")),
     'torchrun --nproc_per_node=3 train.py --model gemma-3-270m --sentence-layers 2 --init out/C --seed 1 --steps 20000 --minutes 5.5 --batch 512 '
     '--accumulate 3 --bundles 120000 --workers 16 --facts 256 --lr 1.2e-3 --warmup 100 --tokens 44 --eval-every 700 --dropout 0.1 --compile --out out/270m':
-        (TRAIN + LARGE + "--sentence-layers 2 --minutes 5.5 --init out/C --seed 1 --accumulate 3 --out out/270m", Path("out/270m/memory.json")),   # several processes: test_train.py
+        ("tests/test_train.py::test_two_processes_take_the_steps_of_one", "torch.distributed.run"),
     'python train.py --model tiny --steps 20000 --minutes 6.9 --batch 1024 --bundles 100000 --workers 14 --facts 128 --warmup 100 --tokens 56 '
     '--eval-every 500 --compile --out out/tiny': (TRAIN + LARGE + "--minutes 6.9 --out out/tiny", Path("out/tiny/memory.json")),
     'python -m tiny.pretrain --out tiny --steps 15000 --documents 1000000':
-        ("python -m tiny.pretrain --out {tmp}/pretrained --quick --steps 1 --batch 2 --documents 38400 --workers 1", Path("pretrained/model.safetensors")),
-    'python -m bench.ladder': ("python -m bench.ladder --model {toy} --quick --rungs 2 --steps 1 --batch 8 --bundles 40 --facts 8 --questions 8 --out {tmp}/ladder",
-                               "values from the whole vocabulary"),
+        ("python -m tiny.pretrain --out {tmp}/pretrained --quick --steps 1 --batch 2 --documents 19200 --workers 1", Path("pretrained/model.safetensors")),
+    'python -m bench.ladder': ("tests/test_ladder.py::short", "ladder.main(["),
     'python -m exercises': ("python -m exercises --work {tmp}/workshop", "^01  new"),
     'python -m exercises next': ("python -m exercises next --work {tmp}/workshop", "^01  new"),
     'python -m exercises check 03': ("python -m exercises check 03 --work {tmp}/workshop", "FAIL"),
@@ -62,18 +62,17 @@ COMMANDS = {
     'python -m bench.readme': ("python -m bench.readme --check", ""),
     'python -m extras.curves tiny/memory --out tiny.png': (AS_PRINTED, Path("tiny.png")),
     'python data_gen.py --n 3 --out data.jsonl --facts 6 --kind coreference': (AS_PRINTED, Path("data.jsonl")),
-    'python train.py --steps 40 --out out/short': (TRAIN + "--out out/short", Path("out/short/curves.png")),
 }
 # Commands of the benches change with every measurement, and bench.readme prints them above its tables: start -> the same for any of them.
 option = lambda name, printed: re.search(rf"--{name} (\S+)", printed)[1]
 MEASURED = {
-    "python -m bench.recall --model": (lambda printed: RECALL + option("only", printed), r"\| facts"),
-    "python -m bench.natural": (lambda printed: "python -m bench.natural --model {toy} --out {tmp}/natural", "all"),
+    "python -m bench.recall --model": (lambda printed: RECALL + ("locality,edits" if "edits" in option("only", printed) else "refusal,recall"), r"\| facts"),
+    "python -m bench.natural": (lambda printed: "tests/test_natural.py::test_whole_command", "natural.main(["),
     "python -m bench.sessions kills": (lambda printed: "python -m bench.sessions kills --model {toy} --times 1", "acknowledged"),
     "python -m bench.sessions flips": (lambda printed: "python -m bench.sessions flips --model {toy}", "cache_refused"),
     "python -m bench.sessions large": (lambda printed: "python -m bench.sessions large --model {toy} --facts 40", "bytes_per_fact"),
-    "python -m bench.sessions evening": (lambda printed: "python -m bench.sessions evening --model {toy}", '"turns": 120'),
-    "python -m bench.kills": (lambda printed: "python -m bench.kills --kills 1 --out {tmp}/kills", "1 kills"),
+    "python -m bench.sessions evening": (lambda printed: "tests/test_session.py::test_told_long_ago", "sessions.evening("),
+    "python -m bench.kills": (lambda printed: "tests/test_hostile.py::test_some_kills", "kills.main(["),
     "python -m bench.fuzz": (lambda printed: f"python -m bench.fuzz --target {option('target', printed)} --minutes 0.03 --out {{tmp}}/fuzz", "cases"),
 }
 EXIT = {"python -m exercises check 03": 1}                                 # not solved yet
@@ -135,6 +134,7 @@ def test_every_command_is_known():
     assert not gone, f"no page prints: {gone}"
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")             # as for any module that tests import too
 @pytest.mark.parametrize("command", every())
 def test_command(command, toy, checkout, monkeypatch, capfd, request):  # noqa: F811
     """Catches options that are gone, steps in the wrong order, and output that isn't as the page says."""
@@ -144,6 +144,9 @@ def test_command(command, toy, checkout, monkeypatch, capfd, request):  # noqa: 
         return command_of_ci(command)
     if line == "pyproject.toml":
         return packages(command)
+    if line.startswith("tests/"):
+        assert seen in source(*line.split("::"))
+        return
     if line in ran:
         return
     ran.add(line)

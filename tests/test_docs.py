@@ -51,7 +51,8 @@ def test_every_name_between_backticks_is_there(page):
             continue
         words = re.findall(r"(?<!\S)--?\w[\w-]*|[\w./-]*\w", span)
         for word in words:
-            there = known(word) or (ROOT / word).exists() or re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", source) or Path(word).name in source
+            option = re.search(rf"^    {word[2:].replace('-', '_')}: \w+ = ", source, re.M) if word.startswith("--") else None     # a field of TrainConfig or MemoryConfig
+            there = option or known(word) or (ROOT / word).exists() or re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", source) or Path(word).name in source
             assert there or re.fullmatch(r"[\d.,e-]+", word), f"{page.name} mentions {span!r}, but nothing is called {word!r}"
 
 
