@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -18,7 +19,7 @@ class Browser:
     def __init__(self, program, folder):
         to_read, to_write = os.pipe(), os.pipe()
         self.process = subprocess.Popen(
-            ["bash", "-c", 'exec "$@" 3<&$THEIR_IN 4>&$THEIR_OUT', "-", program, "--headless", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu",
+            ["bash", "-c", 'exec "$@" 3<&$THEIR_IN 4>&$THEIR_OUT', "-", program, "--headless", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
              "--no-first-run", "--disable-background-networking", f"--user-data-dir={folder}"], pass_fds=(to_read[0], to_write[1]),
             env={**os.environ, "THEIR_IN": str(to_read[0]), "THEIR_OUT": str(to_write[1])}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(to_read[0]), os.close(to_write[1])
@@ -42,8 +43,11 @@ class Browser:
 
     def hear(self):
         while b"\0" not in self.rest:
+            if not select.select([self.come], [], [], 60)[0]:
+                raise TimeoutError("the browser has said nothing for a minute")
             part = os.read(self.come.fileno(), 1 << 20)
-            assert part, "the browser has ended"
+            if not part:
+                raise ConnectionError("the browser has ended")
             self.rest += part
         message, _, self.rest = self.rest.partition(b"\0")
         return json.loads(message)
@@ -105,6 +109,9 @@ def browser(tmp_path_factory):
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")
-    browser = Browser(program, tmp_path_factory.mktemp("profile"))
+    try:
+        browser = Browser(program, tmp_path_factory.mktemp("profile"))
+    except OSError as error:                                               # no part of what is tested
+        pytest.skip(f"{program} does not start: {error}")
     yield browser
     browser.close()
