@@ -50,16 +50,20 @@ def test_it_shows_what_was_read_while_answering(load):
     ids, mask = model.batch([QUESTION])
     shown = list(found["steps"])
     assert len(shown) == 8 and [step["token"] for step in shown] == model.answered[0]
-    for step, token in zip(shown, model.stream(ids, max_new_tokens=8, stop=model.stop)):
-        reading = model.injection.reading
-        assert step["token"] == token.item()
-        for hop in range(model.config.hops):
-            torch.testing.assert_close(torch.tensor(step["weights"][hop]), reading.weights[hop][0, -1].exp(), atol=1e-3, rtol=0)
+    attend, passes = model.injection.attend, []
+    model.injection.attend = lambda *given: passes.append(attend(*given)) or passes[-1]
+    generated = [token.item() for token in model.stream(ids, max_new_tokens=8, stop=model.stop)]
+    del model.injection.attend
+    reading, hops = model.injection.reading, model.config.hops
+    for at, (step, token) in enumerate(zip(shown, generated, strict=True)):
+        assert step["token"] == token
+        for hop in range(hops):
+            torch.testing.assert_close(torch.tensor(step["weights"][hop]), passes[at * hops + hop][0][0, -1].exp(), atol=1e-3, rtol=0)
             assert found["hops"][hop]["chosen"] == reading.chosen[hop][0].tolist()
         for head in range(model.config.heads):
             for c, inside in enumerate(step["inside"][head]):
-                real = reading.token_ids[0, c] >= 0
-                assert sum(inside) == pytest.approx(1, abs=1e-2) and max(inside) == pytest.approx(max(reading.token_weights[0, -1, head, c, real].tolist()), abs=1e-3)
+                real, read = reading.token_ids[0, c] >= 0, passes[at * hops + hops - 1][1][0, -1, head, c]
+                assert sum(inside) == pytest.approx(1, abs=1e-2) and max(inside) == pytest.approx(max(read[:int(real.sum())].tolist()), abs=1e-3)
     assert found["null"] == pytest.approx(model.recall(QUESTION)[1], abs=1e-3)
     for hop, of in enumerate(found["hops"]):                               # the three stages: by key, word by word, read
         for c, row in enumerate(of["candidates"]):
