@@ -18,8 +18,8 @@ def prose(page):
 
 
 def known(name):
-    """Whether any of the six files defines a name such as Gemma.run_layers."""
-    for file in FILES:
+    """Whether any of the six files, or the pool of the fifth, defines a name such as Gemma.run_layers."""
+    for file in (*FILES, "extras/pool.py"):
         try:
             return bool(find(file, name))
         except InputError:
@@ -43,7 +43,7 @@ def test_links_lead_to_what_they_name(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_name_between_backticks_is_there(page):
     """Catches an option, a file, a setting or a function that a page goes on talking about when it is gone."""
-    source = "\n".join(path.read_text(encoding="utf-8") for part in ("*.py", "extras/*.py", "bench/*.py", "exercises/*.py", "tiny/*.py")
+    source = "\n".join(path.read_text(encoding="utf-8") for part in ("*.py", "extras/*.py", "variants/*.py", "bench/*.py", "exercises/*.py", "tiny/*.py")
                        for path in sorted(ROOT.glob(part)))
     source += (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for span in re.findall(r"`([^`\n]+)`", re.sub(r"<!-- figures.*?<!-- end -->", "", prose(page), flags=re.S)):
