@@ -9,9 +9,8 @@ import zlib
 
 import torch
 
-from data_gen import World, open_vocabulary
 from exercises.checking import Failed
-from memory import SHIPPED, GemmaWithMemory, MemoryConfig, question_prompt
+from memory import GemmaWithMemory, MemoryConfig, question_prompt
 from train import Pool, TrainConfig, answer_tokens, evaluate, forward
 
 TOKENS = 40                              # longest question with its answer
@@ -42,18 +41,20 @@ class Lessons:
 
     def __init__(self, model, pool, seconds, bar):
         self.model, self.pool, self.seconds, self.bar = model, pool, seconds, bar
-        self.random = torch.Generator().manual_seed(0)
+        self.random, self.start = torch.Generator().manual_seed(0), time.monotonic()
         self.learnt = 0                  # questions drawn so far
 
     def __iter__(self):
-        start = time.monotonic()
-        while (spent := time.monotonic() - start) < self.seconds:
+        while (spent := time.monotonic() - self.start) < self.seconds:
             self.bar.n = min(100, int(100 * spent / self.seconds))
             self.bar.set_postfix_str(f"{self.learnt:,} questions")
             yield spent / self.seconds
 
     def draw(self, questions=64, facts=16):
-        """A batch: memories of up to so many facts, 8 questions to each (questions: a multiple of 8), drawn anew at each call."""
+        """A batch: memories of up to so many facts, 8 questions to each (questions: a multiple of 8), drawn anew at each call.
+        None after the time is over, but for half a minute in which a last step may end."""
+        if time.monotonic() - self.start > self.seconds + 30:
+            raise Failed("the lessons are over; end when they do")
         self.learnt += questions
         return self.pool.draw(questions // 8, questions, facts, 0.1, 0.06, self.random)
 
@@ -63,8 +64,8 @@ class Lessons:
 
 
 def exam(model, pool, questions, seed):
-    """Which share of at least so many questions on memories of FACTS facts is answered right to the letter, in %, and the share
-    of those for which the right fact weighs most. The base's part of the work is done: pool.nodes are made for this memory."""
+    """Which share of about so many questions on memories of FACTS facts is answered right to the letter, in %, and for which share
+    the right fact weighs most. The pool is to be made with this memory, or with one of the same settings."""
     settings = TrainConfig(batch=min(128, questions), tokens=TOKENS)
     result = evaluate(model, pool, settings, sizes=(FACTS,), questions=questions, seed=seed)[FACTS]
     return 100 * result["recall"], 100 * result["first"]

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 from toy import interruptible, one_thread  # noqa: F401
 
@@ -103,30 +104,16 @@ ENDLESS = "while True: print('x' * 1000)"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def running(tmp_path_factory):
+def running(request, tmp_path_factory):
     """The checks of broken files, as futures of (result, line of what is broken): they run, mostly waiting, while other tests do."""
+    asked = {item.originalname for item in request.session.items}
     def checked(body):
         file = tmp_path_factory.mktemp("broken") / MASK.name
         file.write_text(stub(MASK).replace("raise NotImplementedError", body + "  #"), encoding="utf-8")
         return run(MASK, file), next(n for n, text in enumerate(file.read_text().split("\n"), 1) if body in text)
     with ThreadPoolExecutor(2) as pool:
-        yield {body: pool.submit(checked, body) for body in (ENDLESS, *BROKEN)}
-
-
-def test_endless_loop_is_stopped(running):
-    """Catches a check that never ends, and one that doesn't say in which line it was."""
-    result, line = running[ENDLESS].result()
-    assert re.fullmatch(r"stopped after 15 s(, in line \d+)?; is there a loop that never ends\?", result["failed"]) and MASK.seconds + 2 < 20
-    if "in line" not in result["failed"] and os.getloadavg()[0] > 2 * os.cpu_count():
-        pytest.skip("this machine is so busy that the 15 s went into importing PyTorch")
-    assert f"in line {line};" in result["failed"]
-
-
-@pytest.mark.parametrize("body", BROKEN)
-def test_broken_file_gets_a_sentence(body, running):
-    """Catches a learner's error that ends in a traceback of ours, or in silence."""
-    result, _ = running[body].result()
-    assert re.search(BROKEN[body], result["failed"]) and "\n" not in result["failed"] and len(result["printed"]) <= 4000
+        yield {body: pool.submit(checked, body) for body in (ENDLESS, *BROKEN)
+               if asked & {"test_endless_loop_is_stopped", "test_broken_file_gets_a_sentence"}}
 
 
 # ------------------------------------------------------------------------------------------------ open-ended exercises
@@ -147,17 +134,23 @@ def test_ten_minutes(tmp_path):
     assert float(shipped[1]) > 40                                          # the same questions, by who has learnt
 
 
-@pytest.mark.parametrize("old, new, sentence", [
-    ("    model.train()\n", "    model.load_memory('tiny/memory')\n    return\n", "this is the shipped memory"),
-    ("    model.train()\n", "    return\n", "nothing was learnt"),
-    ("    model.train()\n", "    model.gemma.requires_grad_(True).layers[9].mlp.up_proj.weight.data.mul_(1.01)\n    model.train()\n", "the frozen model has changed"),
-    ("        optimizer.step()\n", "        optimizer.step()\n        model.injection.value_map.data.fill_(float('nan'))\n", "not finite"),
-    ("return dict(hops=1)", "return dict(hopps=1)", "MemoryConfig has no hopps"),
-])
-def test_ten_minutes_refuses(old, new, sentence, tmp_path):
-    """Catches a score for what wasn't learnt in these ten minutes."""
-    _, failed, score = scored(TEN_MINUTES, tmp_path, old, new)
-    assert sentence in failed and score is None
+def test_ten_minutes_refuses(tmp_path):
+    """Catches a score for what wasn't learnt in these ten minutes, and settings that end in a traceback."""
+    from exercises.training import fresh, shipped
+    model, usual, source = fresh({}), shipped(), load(TEN_MINUTES.path)
+    base, weight = model.gemma.fingerprint(), model.injection.query_own.weight.data
+    start = weight.clone()
+    refused = lambda: source.refusal(model, base, start, usual)
+    assert "nothing was learnt" in refused()
+    weight.copy_(usual.injection.query_own.weight.data + 0.1 * start)
+    assert "the shipped memory" in refused()
+    weight.copy_(start.flip(0))
+    assert refused() is None
+    weight[0, 0] = torch.nan
+    assert "not finite" in refused()
+    model.gemma.layers[9].post_attention_layernorm.weight.data.add_(0.1)
+    assert "the frozen model has changed" in refused()
+    assert "MemoryConfig has no hopps" in scored(TEN_MINUTES, tmp_path, "dict(hops=1)", "dict(hopps=1)")[1]
 
 
 def test_new_kind(tmp_path):
@@ -170,17 +163,29 @@ def test_new_kind(tmp_path):
 
 @pytest.mark.parametrize("old, new, sentence", [
     ("return [told, changed], asked, before, [0]", "return old_kind(draw)", "no new kind: the shipped memory answers"),
-    ("return [told, changed], asked, before, [0]", "return [told, changed], asked, 'Lisbon', [0]", "does not stand in the last fact that is needed"),
     ("return [told, changed], asked, before, [0]", "return ['It is Lisbon.'], asked, 'Lisbon', [0]", "200 of 200 examples have the answer 'Lisbon'"),
-    ("return [told, changed], asked, before, [0]", "return [told, changed], f'Was it {before}?', before, [0]", "holds its answer"),
-    ("return [told, changed], asked, before, [0]", "return [told, changed], asked, before, [2]", "one or two places in the 2 facts"),
     ("return [told, changed], asked, before, [0]", "import random; return [told, changed, str(random.random())], asked, before, [0]", "two different examples"),
-    ("return [told, changed], asked, before, [0]", "return told", r"expected (facts, question, answer, needed)"),
 ])
 def test_new_kind_refuses(old, new, sentence, tmp_path):
-    """Catches a score for a kind that isn't new, needs no memory, or is broken."""
+    """Catches a score for a kind that isn't new, or that needs no memory."""
     _, failed, score = scored(NEW_KIND, tmp_path, old, new)
     assert sentence in failed and score is None
+
+
+@pytest.mark.parametrize("example, sentence", [
+    ("a fact", "expected (facts, question, answer, needed)"),
+    ((["Tom is here."], "Where?", "here", 0), "expected needed to be a list"),
+    ((["Tom is here."], "Where?", "here", [1]), "one or two places in the 1 facts"),
+    (([], "Where?", "here", [0]), "a list of 1 to 4 texts"),
+    ((["Tom is here."], "Where?\n", "here", [0]), "texts of one line"),
+    ((["Tom is here."], "Where?", "there", [0]), "does not stand in the last fact that is needed"),
+    ((["Tom is here."], "Is Tom here?", "here", [0]), "holds its answer"),
+    ((["Tom is here."], "Where is Tom?", "here", [0]), None),
+])
+def test_examples_of_a_new_kind(example, sentence):
+    """Catches an example that no memory can learn from, and one that is refused though it is good."""
+    wrong = load(NEW_KIND.path).problem(example)
+    assert wrong is None if sentence is None else sentence in wrong
 
 
 def test_failure_lab():
@@ -350,3 +355,19 @@ def test_doctor(monkeypatch, capsys):
     assert doctor.doctor() == 0
     said = capsys.readouterr().out
     assert "no network" in said and "the tiny model runs" in said and "BAD" not in said
+
+
+def test_endless_loop_is_stopped(running):
+    """Catches a check that never ends, and one that doesn't say in which line it was."""
+    result, line = running[ENDLESS].result()
+    assert re.fullmatch(r"stopped after 15 s(, in line \d+)?; is there a loop that never ends\?", result["failed"]) and MASK.seconds + 2 < 20
+    if "in line" not in result["failed"] and os.getloadavg()[0] > 2 * os.cpu_count():
+        pytest.skip("this machine is so busy that the 15 s went into importing PyTorch")
+    assert f"in line {line};" in result["failed"]
+
+
+@pytest.mark.parametrize("body", BROKEN)
+def test_broken_file_gets_a_sentence(body, running):
+    """Catches a learner's error that ends in a traceback of ours, or in silence."""
+    result, _ = running[body].result()
+    assert re.search(BROKEN[body], result["failed"]) and "\n" not in result["failed"] and len(result["printed"]) <= 4000

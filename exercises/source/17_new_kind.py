@@ -77,6 +77,7 @@ class Draw:
 
 def problem(example):
     """What is wrong with an example: a sentence, or None."""
+    import re
     if not isinstance(example, (tuple, list)) or len(example) != 4:
         return f"expected (facts, question, answer, needed), got {example!r:.80}"
     facts, question, answer, needed = example
@@ -88,7 +89,7 @@ def problem(example):
         return f"expected needed to be a list of one or two places in the {len(facts)} facts, got {needed!r:.40}"
     if answer not in facts[needed[-1]]:
         return f"the answer {answer!r:.60} does not stand in the last fact that is needed, {facts[needed[-1]]!r:.80}: a memory can only say what it was told"
-    if answer.lower() in question.lower():
+    if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", question, re.IGNORECASE):
         return f"the question {question!r:.80} holds its answer, {answer!r:.40}"
 
 
