@@ -415,4 +415,5 @@ def main(number, file, result, part):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    from exercises import checking                                         # as exercises import it, or there would be two of Failed
+    checking.main(*sys.argv[1:])

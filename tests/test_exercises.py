@@ -206,7 +206,7 @@ def test_failure_lab_scores(monkeypatch):
     """Catches a score for knowing the handed-out runs by heart, and one that counts other runs than those kept back."""
     from exercises import lab
     def of(seed):                                                          # stand-ins for runs: no models
-        return [SimpleNamespace(seed=seed, place=place, cause=cause) for place, cause in enumerate(lab.order(seed))]
+        return [SimpleNamespace(seed=seed, place=place, cause=cause, ask=lambda what, facts: None) for place, cause in enumerate(lab.order(seed))]
     monkeypatch.setattr(lab, "runs", lambda folder: of(3 if folder.name == "handed_out" else 6))
     for diagnose, score in ((lambda run: run.cause, 100.0), (lambda run: lab.order(3)[run.place], 0.0),
                             (lambda run: "nothing" if (run.seed, run.place) == (6, 0) else run.cause, 75.0)):
@@ -220,8 +220,8 @@ def test_failure_lab_refuses(tmp_path):
     file = tmp_path / LAB.name
     for answer, sentence in (("'dead gate'", r"run 1: 'dead gate' is not it: .* weights up to \d\.\d\d"), ("'bad luck'", "expected one of nothing, closed")):
         file.write_text(stub(LAB).replace("raise NotImplementedError", f"return {answer}  #"), encoding="utf-8")
-        _, failed, score = check(LAB, file)
-        assert re.search(sentence, failed) and score is None
+        result = run(LAB, file)
+        assert re.search(sentence, result["failed"]) and result["score"] is None
 
 
 def test_lab_makes_runs(tmp_path, monkeypatch):
