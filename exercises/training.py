@@ -52,7 +52,7 @@ class Lessons:
 
     def draw(self, questions=64, facts=16):
         """A batch: memories of up to so many facts, 8 questions to each (questions: a multiple of 8), drawn anew at each call.
-        None after the time is over, but for half a minute in which a last step may end."""
+        Raises Failed when the time has been over for half a minute."""
         if time.monotonic() - self.start > self.seconds + 30:
             raise Failed("the lessons are over; end when they do")
         self.learnt += questions
