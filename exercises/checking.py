@@ -9,8 +9,8 @@ gives the same is named.
 An open-ended exercise (its labels say how long a check takes) has a score from 0 to 100 in place of MISTAKES: its `check` trains
 and measures, with what exercises/training.py has for that, and puts the score into the Trial.
 
-    python -m exercises.checking NUMBER FILE RESULT PART    what `python -m exercises check` runs in a process of its own, so
-                                                            that a learner's endless loop or crash ends there
+    python -m exercises.checking NUMBER FILE RESULT PART SECONDS    what `python -m exercises check` runs in a process of its
+                                                            own, so that a learner's endless loop or crash ends there
 """
 
 import ast
@@ -361,18 +361,19 @@ class Short(io.StringIO):
         return super().write(text[:max(0, 4000 - self.tell())])
 
 
-def run(exercise, file, part=1.0, show=False):
+def run(exercise, file, part=1.0, show=False, seconds=None):
     """Check a file in another process. Returns a dict: passed (names), failed (None or a sentence), score, printed.
 
-    part: of an open-ended check; show: whether its progress bars are to be seen.
+    part: of an open-ended check; show: whether its progress bars are to be seen; seconds: when it is stopped, if not as usual.
     """
+    seconds = seconds or exercise.seconds
     with tempfile.TemporaryDirectory() as folder:
         result, stopped = Path(folder) / "result.json", Path(folder) / "result.json.stopped"
-        command = [sys.executable, "-m", "exercises.checking", exercise.number, str(Path(file).resolve()), str(result), str(part)]
+        command = [sys.executable, "-m", "exercises.checking", exercise.number, str(Path(file).resolve()), str(result), str(part), str(seconds)]
         environment = {**os.environ, "PYTHONPATH": str(HERE.parent), **({} if exercise.open else {"OMP_NUM_THREADS": "1"})}
         try:
             code = subprocess.run(command, cwd=HERE.parent, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                  stderr=None if exercise.open and show else subprocess.DEVNULL, timeout=exercise.seconds + 2).returncode
+                                  stderr=None if exercise.open and show else subprocess.DEVNULL, timeout=seconds + 2).returncode
         except subprocess.TimeoutExpired:
             code = None
         if result.is_file():
@@ -380,7 +381,7 @@ def run(exercise, file, part=1.0, show=False):
         trace = stopped.read_text(encoding="utf-8", errors="replace") if stopped.is_file() else ""
         late = re.search(r"Timeout \((\d+):(\d+):(\d+)", trace)
         if late or code is None:
-            seconds = sum(int(n) * unit for n, unit in zip(late.groups(), (3600, 60, 1))) if late else exercise.seconds
+            seconds = sum(int(n) * unit for n, unit in zip(late.groups(), (3600, 60, 1))) if late else seconds
             at = next((line.rsplit("line ", 1)[1] for line in trace.split("\n") if f'"{Path(file).resolve()}", line' in line), "")
             failed = f"stopped after {seconds} s" + (f", in line {at}" if at else "") + "; is there a loop that never ends?"
         else:
@@ -398,11 +399,11 @@ def run_all(jobs, part=1.0):
     return [results[job] for job in jobs]
 
 
-def main(number, file, result, part):
+def main(number, file, result, part, seconds):
     exercise = next(e for e in exercises() if e.number == number)
     printed, terminal = Short(), sys.stderr
     with open(f"{result}.stopped", "w", encoding="utf-8") as stopped, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        faulthandler.dump_traceback_later(exercise.seconds, exit=True, file=stopped)   # says in which line it was
+        faulthandler.dump_traceback_later(int(seconds), exit=True, file=stopped)   # says in which line it was
         import torch
         if not exercise.open:
             torch.set_num_threads(1)

@@ -110,7 +110,7 @@ def running(request, tmp_path_factory):
     def checked(body):
         file = tmp_path_factory.mktemp("broken") / MASK.name
         file.write_text(stub(MASK).replace("raise NotImplementedError", body + "  #"), encoding="utf-8")
-        return run(MASK, file), next(n for n, text in enumerate(file.read_text().split("\n"), 1) if body in text)
+        return run(MASK, file, seconds=MASK.seconds if body == ENDLESS else 300), next(n for n, text in enumerate(file.read_text().split("\n"), 1) if body in text)
     with ThreadPoolExecutor(2) as pool:
         yield {body: pool.submit(checked, body) for body in (ENDLESS, *BROKEN)
                if asked & {"test_endless_loop_is_stopped", "test_broken_file_gets_a_sentence"}}
