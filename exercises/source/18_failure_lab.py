@@ -1,11 +1,11 @@
 """The failure lab: what went wrong in training?
 
-difficulty: open · importance: high · minutes: 60 · needs: 12, 14 · check: 1 min
+difficulty: open · importance: high · minutes: 60 · needs: 12, 14 · check: 6 min
 
-In exercises/runs/handed_out are five training runs, 1 to 5, with the same settings and the same loop. One went well. In four
+In exercises/runs are five training runs, 1 to 5, with the same settings and the same loop. One went well. In four
 something was wrong: in its data, or in a part that never learnt. Find out what, and write down how you know: `diagnose` gets a
-run and names the cause. The check tries it on these five first, and where it is wrong says what speaks against it. The score
-comes from five runs that you have never seen: 0 for guessing, 100 if it is right about all of them.
+run and names the cause. The check tries it on these five first, and where it is wrong says what speaks against it. Then it
+trains five new runs, which nobody has seen, for the score: 0 for guessing, 100 if it is right about all of them.
 
  nothing             it finds the right fact among 16, and says most values of it to the letter
  closed vocabulary   the values in its training data came from a short list
@@ -15,7 +15,7 @@ comes from five runs that you have never seen: 0 for guessing, 100 if it is righ
 
 A run has, as files and for `diagnose` (exercises/lab.py, class Run, says more):
  - memory.json and memory.safetensors; run.model is the model with this memory. To talk to it:
-   python generate.py --model exercises/runs/handed_out/1 --memory facts.txt "What is Maria's locker code?"
+   python generate.py --model exercises/runs/1 --memory facts.txt "What is Maria's locker code?"
  - log.jsonl; run.log: the losses, one batch every 20 steps. A loss that is low says little about what was learnt
  - sample.jsonl; run.sample: some of the sentences it learnt from
  - run.ask("new", 16) asks it about people and values that no run has seen, 16 facts to a memory; run.ask("sample", 1) about its
@@ -23,7 +23,7 @@ A run has, as files and for `diagnose` (exercises/lab.py, class Run, says more):
 
 Begin with `measured(run)` in `diagnose` and look at what the check shows, or look for yourself, in Python:
    from exercises.lab import runs
-   for run in runs("exercises/runs/handed_out"): print(run.ask("new", 16))
+   for run in runs("exercises/runs"): print(run.ask("new", 16))
 """
 
 CAUSES = ("nothing", "closed vocabulary", "one pooled vector", "no negatives", "dead gate")
@@ -77,24 +77,31 @@ def evidence(run, cause):
 
 
 def check(t):
+    import os
+    import tempfile
+    from exercises import lab
     from exercises.checking import HERE, Failed
-    from exercises.lab import runs
-    right = {}
-    for where in ("handed_out", "kept_back"):
-        with t.bar("looking at runs", 5) as bar:
-            for number, run in enumerate(runs(HERE / "runs" / where), 1):
-                for what, facts in (("sample", 1), ("sample", 16), ("new", 1), ("new", 16)):
-                    run.ask(what, facts)                                   # kept by the run: the limit is for the learner's own work
-                with t.within(15):
-                    said = t.ask("diagnose", lambda m: m.diagnose(run), [])
-                if not isinstance(said, str) or said not in CAUSES:
-                    raise Failed(f"diagnose: expected one of {', '.join(CAUSES)}, got {said!r:.60}")
-                right[where, number] = said == t.right.diagnose(run)
-                if where == "handed_out":
-                    if not right[where, number]:
-                        raise Failed(f"run {number}: {said!r} is not it: {evidence(run, said)}")
-                    t.passed.append(f"run {number}: {said}")
-                bar.update()
-    found = sum(ok for (where, _), ok in right.items() if where == "kept_back")
-    t.passed.append(f"of five runs that you have never seen, {found} found")
-    t.score = 100 * max(0, found - 1) / 4
+
+    def found(run):
+        for what, facts in (("sample", 1), ("sample", 16), ("new", 1), ("new", 16)):
+            run.ask(what, facts)                                           # kept by the run: the limit is for the learner's own work
+        with t.within(15):
+            said = t.ask("diagnose", lambda m: m.diagnose(run), [])
+        if not isinstance(said, str) or said not in CAUSES:
+            raise Failed(f"diagnose: expected one of {', '.join(CAUSES)}, got {said!r:.60}")
+        return said, said == t.right.diagnose(run)
+
+    with t.bar("looking at runs", 5) as bar:
+        for number, run in enumerate(lab.runs(HERE / "runs"), 1):
+            said, right = found(run)
+            if not right:
+                raise Failed(f"run {number}: {said!r} is not it: {evidence(run, said)}")
+            t.passed.append(f"run {number}: {said}")
+            bar.update()
+    n, seed = max(1, round(len(CAUSES) * t.part)), int.from_bytes(os.urandom(4), "little")
+    with tempfile.TemporaryDirectory() as folder:
+        with t.bar("training new runs", n * lab.STEPS) as bar:
+            lab.make(seed, folder, bar, n)
+        share = sum(found(run)[1] for run in lab.runs(folder)) / n
+    t.passed.append(f"of {n} new runs (seed {seed}), {share * n:.0f} found")
+    t.score = 100 * max(0.0, share - 0.2) / 0.8                            # one in five is guessing
