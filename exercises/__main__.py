@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from exercises.checking import exercises, hints, load, run, run_all, stub
+from exercises.checking import SHORT, exercises, hints, load, run, run_all, stub
 from generate import Parser, fail
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,12 +16,13 @@ WORK = ROOT / "workshop"
 EPILOG = """commands:
   (none)         list the exercises: number, state, title, labels
   next           the first exercise that isn't solved yet
-  check 03       check exercise 03; exits 1 if it isn't solved; check all: every one
+  check 03       check exercise 03; exits 1 if it isn't solved; check all: every one that can be solved. Open-ended ones have
+                 a score instead, and their checks take minutes; with --short a tenth of that, for a look
   hint 03        a hint; again: the next one, three in all
   reset 03       start again; what was there is kept beside it
-  watch [03]     check whatever is saved, until Ctrl-C
+  watch [03]     check whatever is saved, until Ctrl-C; an open-ended exercise only where it is named, as with --short
   doctor         is this machine ready?
-  grade FOLDER   check a folder of submissions, one folder a learner; --xml FILE writes JUnit XML
+  grade FOLDER   check a folder of submissions, one folder a learner; --xml FILE writes JUnit XML; --open: open-ended ones too
   --use-mine ... as generate.py, with your solved parts in the model: --use-mine --memory facts.txt "Where does Maria live?"
 """
 
@@ -29,7 +30,8 @@ EPILOG = """commands:
 # ------------------------------------------------------------------------------------------------- the work folder
 
 class Work:
-    """The learner's folder: one file an exercise, and state.json: which version of each file passed, how many hints were given."""
+    """The learner's folder: one file an exercise, and state.json: which version of each file passed or what it scored, how many
+    hints were given."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -67,10 +69,16 @@ class Work:
             return ""                                                      # the check will say what is wrong with it
 
     def standing(self, exercise):
-        """new (the stub as it was), begun, or solved (this very file passed)."""
+        """new (the stub as it was), begun, solved (this very file passed), or, of an open-ended exercise, this very file's score."""
         if self.state.get(f"solved {exercise.number}") == (now := self.hash(exercise)):
-            return "solved"
+            score = self.state.get(f"score {exercise.number}")
+            return f"{score:.0f}/100" if exercise.open and isinstance(score, (int, float)) else "solved"
         return "new" if now == hashlib.sha256(stub(exercise).encode()).hexdigest() else "begun"
+
+
+    def left(self):
+        """The exercises that are neither solved nor have a score, in order."""
+        return [e for e in exercises() if self.standing(e) in ("new", "begun")]
 
 
 def find(number):
@@ -92,18 +100,19 @@ def here(path):
 
 def line(work, exercise):
     labels = exercise.labels
-    return (f"{exercise.number}  {work.standing(exercise):<6}  {exercise.title:<48}  {labels['difficulty']}, "
-            f"importance {labels['importance']}, {labels['minutes']} min, needs {labels['needs']}")
+    return (f"{exercise.number}  {work.standing(exercise):<7}  {exercise.title:<48}  {labels['difficulty']}, "
+            f"importance {labels['importance']}, {labels['minutes']} min, needs {labels['needs']}"
+            + (f", a check takes {labels['check']}" if exercise.open else ""))
 
 
-def check(work, exercise):
-    """Check and print; True if solved."""
+def check(work, exercise, part=1.0):
+    """Check and print; True if solved, or if there is a score above 0."""
     before = work.hash(exercise)
-    return report(work, exercise, before, run(exercise, work.path(exercise)))
+    return report(work, exercise, before, run(exercise, work.path(exercise), part, show=True), part)
 
 
-def report(work, exercise, before, result):
-    """Print what a check found in the file whose hash was `before`; True if solved."""
+def report(work, exercise, before, result, part=1.0):
+    """Print what a check found in the file whose hash was `before`; True if solved, or if there is a score above 0."""
     print(f"{exercise.number}  {exercise.title}  ({here(work.path(exercise))})")
     for name in result["passed"]:
         print(f"  ok    {name}")
@@ -112,8 +121,14 @@ def report(work, exercise, before, result):
     if result["failed"]:
         print(f"  FAIL  {result['failed']}")
         return False
+    if exercise.open:
+        print(f"  score {result['score']:.1f} of 100" + (", of a short check: it is not kept" if part < 1 else ""))
+        if part == 1:
+            work.remember(f"score {exercise.number}", result["score"])
+            work.remember(f"solved {exercise.number}", before)
+        return result["score"] > 0
     work.remember(f"solved {exercise.number}", before)
-    left = [e for e in exercises() if work.standing(e) != "solved"]
+    left = work.left()
     print("  solved." + (f" Next: {left[0].number}" if left else " That was the last one."))
     return True
 
@@ -138,7 +153,7 @@ def reset(work, exercise):
         shutil.move(path, kept)
         print(f"kept what was there as {here(kept)}")
     work.write(path, stub(exercise))
-    for key in ("solved", "hints"):
+    for key in ("solved", "score", "hints"):
         work.remember(f"{key} {exercise.number}", None)
     show(work, exercise)
 
@@ -152,7 +167,7 @@ def watch(work, chosen):
         for exercise in chosen:
             if (now := work.hash(exercise)) and now != seen[exercise]:
                 seen[exercise] = now
-                check(work, exercise)
+                check(work, exercise, SHORT if exercise.open else 1.0)
                 sys.stdout.flush()
 
 
@@ -184,13 +199,16 @@ def main(arguments=None):
     parser.add_argument("which", nargs="?", help="the number of an exercise, or the folder to grade")
     parser.add_argument("--work", type=Path, default=WORK, metavar="DIR", help=f"where your files are (default: {WORK.name}/ beside the code)")
     parser.add_argument("--xml", type=Path, metavar="FILE", help="grade: write JUnit XML here")
+    parser.add_argument("--short", action="store_true", help="of open-ended exercises: a look in a tenth of the time")
+    parser.add_argument("--open", action="store_true", help="grade: open-ended exercises too, which takes minutes each")
     args = parser.parse_args(own)
+    part = SHORT if args.short else 1.0
     if args.command == "doctor":
         from exercises.doctor import doctor
         return doctor()
     if args.command == "grade":
         from exercises.grade import grade
-        return grade(args.which, args.xml)
+        return grade(args.which, args.xml, args.open, part)
     work = Work(args.work.resolve())
     if rest is not None:
         return use_mine(work, rest)
@@ -199,21 +217,22 @@ def main(arguments=None):
             print(line(work, exercise))
         return 0
     if args.command == "watch":
-        return watch(work, [find(args.which)] if args.which else exercises())
+        return watch(work, [find(args.which)] if args.which else [e for e in exercises() if not e.open])
     if args.command == "next":
-        left = [e for e in exercises() if work.standing(e) != "solved"]
+        left = work.left()
         if left:
             show(work, left[0])
         else:
             print("all solved")
         return 0
     if (args.command, args.which) == ("check", "all"):
-        before = [work.hash(e) for e in exercises()]
-        results = run_all([(e, work.path(e)) for e in exercises()])
-        return 0 if all([report(work, *found) for found in zip(exercises(), before, results)]) else 1
+        closed = [e for e in exercises() if not e.open]
+        before = [work.hash(e) for e in closed]
+        results = run_all([(e, work.path(e)) for e in closed])
+        return 0 if all([report(work, *found) for found in zip(closed, before, results)]) else 1
     exercise = find(args.which)
     if args.command == "check":
-        return 0 if check(work, exercise) else 1
+        return 0 if check(work, exercise, part) else 1
     {"hint": hint, "reset": reset}[args.command](work, exercise)
     return 0
 

@@ -6,17 +6,22 @@ does not get to see: HINTS, MISTAKES, `check` and `install`. A mistake is (its n
 may write in its place): when a result is wrong, it is compared with what each mistake would have given, and the one that
 gives the same is named.
 
-    python -m exercises.checking NUMBER FILE RESULT     what `python -m exercises check` runs in a process of its own, so that
-                                                        a learner's endless loop or crash ends there
+An open-ended exercise (its labels say how long a check takes) has a score from 0 to 100 in place of MISTAKES: its `check` trains
+and measures, with what exercises/training.py has for that, and puts the score into the Trial.
+
+    python -m exercises.checking NUMBER FILE RESULT PART SECONDS    what `python -m exercises check` runs in a process of its
+                                                            own, so that a learner's endless loop or crash ends there
 """
 
 import ast
 import contextlib
 import faulthandler
+import functools
 import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,6 +34,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 BEGIN, END, CUT = "# solution:", "# end of solution", "# ---- below: not in the learner's file"
 SECONDS = 15                         # for one check, the import of PyTorch included; then it is stopped
+SHORT = 0.1                          # the part of an open-ended check that --short does
 
 
 # ------------------------------------------------------------------------------------------------------ the sources
@@ -39,11 +45,21 @@ class Exercise:
     path: Path                       # its file in source/
     text: str
     title: str                       # first line of its docstring
-    labels: dict = field(hash=False)  # difficulty, importance, minutes, needs
+    labels: dict = field(hash=False)  # difficulty, importance, minutes, needs; open-ended ones: check
 
     @property
     def name(self):
         return self.path.name
+
+    @property
+    def open(self):
+        """Whether it has a score instead of a pass."""
+        return "check" in self.labels
+
+    @property
+    def seconds(self):
+        """After how long its check is stopped, whatever it does: open-ended ones take longer on a busy machine."""
+        return 60 * 3 * int(self.labels["check"].split()[0]) if self.open else SECONDS
 
 
 def exercises():
@@ -100,6 +116,12 @@ def mistaken(exercise, old, new):
     return before + begin + solution.replace(old, new) + end + after
 
 
+@functools.lru_cache(maxsize=1)
+def wrong_ones(exercise):
+    """The exercise with each of its mistakes: list of (its name, module)."""
+    return [(name, load_text(mistaken(exercise, old, new))) for name, old, new in load(exercise.path, "right").MISTAKES]
+
+
 # -------------------------------------------------------------------------------------------------------- comparing
 
 class Failed(Exception):
@@ -149,11 +171,32 @@ class Trial:
     mine: the learner's module; right: the source's; mistakes: a list of (name, module), or a function that makes it when
     needed. Everywhere, `call` is a function of a module and of the inputs, which it gets as copies. With `values_only`,
     checks of gradients, time and memory are left out: so the slow specification can be checked too.
+
+    For open-ended exercises: part, how much of the full check is to be done, 0 to 1; terminal, a file for progress bars, or
+    None; stopped, a file that gets the traceback when time is up, or None: no limits; score, 0 to 100, which the check sets.
     """
 
-    def __init__(self, mine, right, mistakes, values_only=False):
+    def __init__(self, mine, right, mistakes, values_only=False, part=1.0, terminal=None, stopped=None):
         self.mine, self.right, self.mistakes, self.values_only = mine, right, mistakes, values_only
-        self.passed = []
+        self.part, self.terminal, self.stopped = part, terminal, stopped
+        self.passed, self.score = [], None
+
+    def bar(self, what, total=None):
+        """A progress bar, as of tqdm; silent where nobody looks."""
+        from tqdm import tqdm
+        return tqdm(desc=what, total=total, file=self.terminal, disable=self.terminal is None, leave=False,
+                    bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
+
+    @contextlib.contextmanager
+    def within(self, seconds):
+        """A limit of its own for calls of the learner's code in a check that is allowed minutes."""
+        if self.stopped:
+            faulthandler.dump_traceback_later(seconds, exit=True, file=self.stopped)
+        try:
+            yield
+        finally:
+            if self.stopped:
+                faulthandler.cancel_dump_traceback_later()
 
     def ask(self, what, call, inputs):
         """What the learner's code makes of the inputs."""
@@ -287,25 +330,26 @@ def said(error, file):
     return (f"line {lines[-1]}: " if lines else "") + type(error).__name__ + (f": {text}" if text else "")
 
 
-def check(exercise, file, values_only=False, change=None):
-    """Check the file of a learner, in this process: (names of the checks that passed, None or why the next one failed).
+def check(exercise, file, change=None, **options):
+    """Check the file of a learner, in this process: (names of the checks that passed, None or why the next one failed, the score
+    of an open-ended one or None).
 
-    change(module): something to do to the learner's module before.
+    change(module): something to do to the learner's module before; options: of Trial.
     """
     right = load(exercise.path, "right")
-    mistakes = lambda: [(name, load_text(mistaken(exercise, old, new))) for name, old, new in right.MISTAKES]
+    mistakes = lambda: wrong_ones(exercise)
     try:
         mine = load(file)
     except BaseException as error:
-        return [], f"the file can't be read: {said(error, file)}"
+        return [], f"the file can't be read: {said(error, file)}", None
     if change:
         change(mine)
-    trial = Trial(mine, right, mistakes, values_only)
+    trial = Trial(mine, right, mistakes, **options)
     try:
         right.check(trial)
     except Failed as failure:
-        return trial.passed, str(failure)
-    return trial.passed, None
+        return trial.passed, str(failure), None
+    return trial.passed, None, trial.score
 
 
 # ---------------------------------------------------------------------------------------- in a process of its own
@@ -317,49 +361,60 @@ class Short(io.StringIO):
         return super().write(text[:max(0, 4000 - self.tell())])
 
 
-def run(exercise, file):
-    """Check a file in another process. Returns a dict: passed (names), failed (None or a sentence), printed."""
+def run(exercise, file, part=1.0, show=False, seconds=None):
+    """Check a file in another process. Returns a dict: passed (names), failed (None or a sentence), score, printed.
+
+    part: of an open-ended check; show: whether its progress bars are to be seen; seconds: when it is stopped, if not as usual.
+    """
+    seconds = seconds or exercise.seconds
     with tempfile.TemporaryDirectory() as folder:
-        result, stopped = Path(folder) / "result.json", Path(folder) / "stopped.txt"
-        command = [sys.executable, "-m", "exercises.checking", exercise.number, str(Path(file).resolve()), str(result)]
-        environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-        failed = None
+        result, stopped = Path(folder) / "result.json", Path(folder) / "result.json.stopped"
+        command = [sys.executable, "-m", "exercises.checking", exercise.number, str(Path(file).resolve()), str(result), str(part), str(seconds)]
+        environment = {**os.environ, "PYTHONPATH": str(HERE.parent), **({} if exercise.open else {"OMP_NUM_THREADS": "1"})}
         try:
-            with open(stopped, "w", encoding="utf-8") as errors:
-                code = subprocess.run(command, cwd=HERE.parent, env=environment, stdin=subprocess.DEVNULL,
-                                      stdout=subprocess.DEVNULL, stderr=errors, timeout=SECONDS + 2).returncode
+            code = subprocess.run(command, cwd=HERE.parent, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                  stderr=None if exercise.open and show else subprocess.DEVNULL, timeout=seconds + 2).returncode
         except subprocess.TimeoutExpired:
             code = None
         if result.is_file():
             return json.loads(result.read_text(encoding="utf-8"))
-        trace = stopped.read_text(encoding="utf-8", errors="replace")
-        if code is None or "Timeout" in trace:
+        trace = stopped.read_text(encoding="utf-8", errors="replace") if stopped.is_file() else ""
+        late = re.search(r"Timeout \((\d+):(\d+):(\d+)", trace)
+        if late or code is None:
+            seconds = sum(int(n) * unit for n, unit in zip(late.groups(), (3600, 60, 1))) if late else seconds
             at = next((line.rsplit("line ", 1)[1] for line in trace.split("\n") if f'"{Path(file).resolve()}", line' in line), "")
-            failed = f"stopped after {SECONDS} s" + (f", in line {at}" if at else "") + "; is there a loop that never ends?"
+            failed = f"stopped after {seconds} s" + (f", in line {at}" if at else "") + "; is there a loop that never ends?"
         else:
             failed = f"the process ended by itself (code {code}): a crash, too much memory, or a call that ends Python"
-        return dict(passed=[], failed=failed, printed="")
+        return dict(passed=[], failed=failed, score=None, printed="")
 
 
-def run_all(jobs):
-    """run() on a list of (exercise, file), one at a time for each core, up to eight."""
+def run_all(jobs, part=1.0):
+    """run() on a list of (exercise, file): one at a time for each core, up to eight; open-ended ones, which use all cores, after them."""
+    results = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda job: run(*job), jobs))
+        closed = [job for job in jobs if not job[0].open]
+        results.update(zip(closed, pool.map(lambda job: run(*job), closed)))
+    results.update((job, run(*job, part)) for job in jobs if job[0].open)
+    return [results[job] for job in jobs]
 
 
-def main(number, file, result):
-    faulthandler.dump_traceback_later(SECONDS, exit=True)                  # says in which line it was
+def main(number, file, result, part, seconds):
     exercise = next(e for e in exercises() if e.number == number)
-    printed = Short()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+    printed, terminal = Short(), sys.stderr
+    with open(f"{result}.stopped", "w", encoding="utf-8") as stopped, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        faulthandler.dump_traceback_later(int(seconds), exit=True, file=stopped)   # says in which line it was
         import torch
-        torch.set_num_threads(1)
-        passed, failed = check(exercise, file)
-    faulthandler.cancel_dump_traceback_later()
+        if not exercise.open:
+            torch.set_num_threads(1)
+        passed, failed, score = check(exercise, file, part=float(part), terminal=terminal if exercise.open else None,
+                                      stopped=stopped if exercise.open else None)
+        faulthandler.cancel_dump_traceback_later()
     temporary = f"{result}.tmp"
-    Path(temporary).write_text(json.dumps(dict(passed=passed, failed=failed, printed=printed.getvalue())), encoding="utf-8")
+    Path(temporary).write_text(json.dumps(dict(passed=passed, failed=failed, score=score, printed=printed.getvalue())), encoding="utf-8")
     os.replace(temporary, result)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    from exercises import checking                                         # as exercises import it, or there would be two of Failed
+    checking.main(*sys.argv[1:])
