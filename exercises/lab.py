@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from data_gen import World, open_vocabulary
 from exercises.training import part_of
+from extras.pool import Pool
 from gemma import InputError, replacing
 from memory import GemmaWithMemory, MemoryConfig
-from train import Pool, copying_loss, forward, retrieval_loss, scores
+from train import copying_loss, forward, retrieval_loss, scores
 
 CAUSES = ("nothing", "closed vocabulary", "one pooled vector", "no negatives", "dead gate")
 # Read after the last layer, a memory speaks to the output head itself: no layers to run above it, forward or backward.

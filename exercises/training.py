@@ -10,8 +10,9 @@ import zlib
 import torch
 
 from exercises.checking import Failed
+from extras.pool import Pool, answer_tokens
 from memory import GemmaWithMemory, MemoryConfig, question_prompt
-from train import Pool, TrainConfig, answer_tokens, evaluate, forward
+from train import TrainConfig, evaluate, forward
 
 TOKENS = 40                              # longest question with its answer
 FACTS = 16                               # in a memory that is asked

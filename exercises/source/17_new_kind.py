@@ -103,7 +103,8 @@ def check(t):
     from exercises.checking import HERE, Failed
     from exercises.training import TOKENS, Lessons, Pool, exam, part_of, shipped
     from gemma import Tokenizer
-    from train import copying_loss, draw_part, retrieval_loss
+    from extras.pool import draw_part
+    from train import copying_loss, retrieval_loss
     tokenizer = Tokenizer(HERE.parent / "tiny")
     words = open_vocabulary(tokenizer)
 
