@@ -1,6 +1,6 @@
 """The failure lab: what went wrong in training?
 
-difficulty: open · importance: high · minutes: 60 · needs: 12, 14 · check: 6 min
+difficulty: open · importance: high · minutes: 60 · needs: 12, 14 · check: 2 min
 
 In exercises/runs are five training runs, 1 to 5, with the same settings and the same loop. One went well. In four
 something was wrong: in its data, or in a part that never learnt. Find out what, and write down how you know: `diagnose` gets a
