@@ -14,7 +14,7 @@ from bench import recall
 from extras.pool import Pool
 from extras.settings import read_settings
 from gemma import InputError
-from memory import DONT_KNOW, GemmaWithMemory
+from memory import DONT_KNOW, GemmaWithMemory, question_prompt
 from toy import FACTS, one_thread, toy_base  # noqa: F401 (one_thread is a fixture)
 from variants.cross_attention import CrossConfig
 from variants.prefix import SLOT, PrefixConfig, with_slots
@@ -134,6 +134,16 @@ def test_facts_are_told_and_forgotten(trained, name):
 
 
 @pytest.mark.parametrize("name", TOLD)
+def test_a_base_in_bfloat16(trained, name):
+    """Catches weights in float32 that meet a base in bfloat16, as it is on a GPU."""
+    model = variants.load(trained[name][0], dtype=torch.bfloat16)
+    model.config.null_threshold = 1.0
+    bare = logits_of(model)
+    model.add_to_memory(FACTS)
+    assert not torch.equal(logits_of(model), bare) and model.answer("Where does Maria live?", max_new_tokens=3) != DONT_KNOW
+
+
+@pytest.mark.parametrize("name", TOLD)
 def test_generate_remembers_the_turn(trained, name):
     """Catches a prompt that finds itself, a turn that is not remembered, and padding that becomes part of it."""
     model = variants.load(trained[name][0])
@@ -204,6 +214,26 @@ def test_the_bench_measures_each(trained, name):
         assert reply.said == model.answer("Where is she?", max_new_tokens=5)
         if name in TOLD:
             assert reply.null == pytest.approx(model.weights()[0, -1].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name, config, steps, lr", [("prefix", PrefixConfig(slots=4, heads=2, key_dim=16), 120, 0.03),
+                                                     ("cross", CrossConfig(turns="all", package="both", heads=2, head_dim=16), 240, 0.015)])
+def test_it_learns_to_answer_from_what_it_was_told(tmp_path, monkeypatch, name, config, steps, lr):
+    """Catches a design whose training leads nowhere. Three people, each told to live in one of three places: who can't hear what was
+    told is right in a third of the cases at most. (The window is wide, or most layers of a toy would not see the slots.)"""
+    base = toy_base(tmp_path / "base", sliding_window=128)
+    model = variants.find(name).from_pretrained(base=base, config=config)
+    encode = lambda text: model.tokenizer.encode(text, bos=False)
+    stories = [([model.tokenizer.encode(f"{who} lives in {place}.")], [False],
+                [(question_prompt(model.tokenizer, f"Where does {who} live?", False), encode(f" {place}") + encode("\n"), [0], 0)], (number, number))
+               for number, who in enumerate(("Maria", "Tom", "Ana")) for place in ("Lisbon", "Oslo", "Rome")]
+    pool = Pool(model, "train", 20, 40, 0, draw=lambda *_: [stories], progress=False, layers=(model.facts_layer, 0))
+    measured = PoolLesson.evaluate
+    monkeypatch.setattr(PoolLesson, "evaluate", lambda self, silent=False, **options: measured(self, silent, sizes=(4,), questions=128))
+    settings = train.TrainConfig(variant=name, model=str(base), out=str(tmp_path / "out"), device="cpu", steps=steps, batch=16, facts=8, warmup=10, lr=lr, tokens=40,
+                                 eval_every=steps, retrieval=1.0, unknown=0.0, text=0.0)
+    _, result = train.train(settings, config, model, (pool, pool))
+    assert result[4]["recall"] > 0.5 and result[4]["first"] > 0.9 and result[4]["base_alone"] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- one design

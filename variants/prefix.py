@@ -97,14 +97,14 @@ class PrefixInjection(nn.Module, Injection):
 
     def turns(self, embeddings, states, real):
         """Gists (P, F) and slot values (P, K, D) of P turns: embeddings (P, M, D), states (P, M, D) or None, real (P, M)."""
-        x = self.features(embeddings, states)
+        embeddings, x = embeddings.float(), self.features(embeddings, states)
         gist = pooled(x, real)
         if self.config.slots == 1:
             return gist, pooled(embeddings, real)[:, None] @ self.value_map
         place = self.place[:, torch.arange(x.shape[1], device=x.device).clamp(max=63)].T
         scores = self.worth(x).float() + place                             # (P, M, K)
         weights = scores.masked_fill(~real[..., None], -1e4).softmax(1)
-        return gist, torch.einsum("pmk,pmd,kde->pke", weights.to(x.dtype), embeddings, self.value_map.to(x.dtype))
+        return gist, torch.einsum("pmk,pmd,kde->pke", weights, embeddings, self.value_map)
 
     def features(self, embeddings, states):
         """(…, D), and (…, D) or None -> (…, F), all tokens of one size."""

@@ -87,8 +87,9 @@ class Told(MemoryModel):
         texts = [text] if isinstance(text, str) else list(text)
         encoded, kept = [self.token_ids(t) for t in texts], []
         with tqdm(total=len(texts), desc="remembering", unit="fact", disable=not progress, file=sys.stderr, leave=False, delay=2) as bar:
-            for start in range(0, len(encoded), 64):
-                kept += self.keep(encoded[start:start + 64])
+            size = max(1, min(64, 8192 // max(map(len, encoded), default=1)))   # long ones a few at a time: bounded memory
+            for start in range(0, len(encoded), size):
+                kept += self.keep(encoded[start:start + size])
                 bar.update(len(kept) - bar.n)
         self.view = None
         new = self.memory_graph.add(texts, kept)
