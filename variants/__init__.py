@@ -27,14 +27,18 @@ A design is one class in its file, found by NAMES below, and derives from memory
                        trains. The base's parameters stay as they are, to the bit.
     parameter_groups   only where parts learn at rates of their own: [(parameters, factor of the learning rate), …]
 
-and if it is told facts also
+and if it is told facts also (shared.Told has most of it)
 
     add_to_memory(text or list, progress=False) -> id or ids;  forget(id);  clear_memory();  recall(text, top_k)
-    memory_graph       what it holds: `ids` and `texts` in the order told, and a length (Turns, below, is one)
+    memory_graph       what it holds: `ids` and `texts` in the order told, and a length (shared.Turns is one)
     _open()            sets self.injection.view to the memory as it is now (None: nothing, then logits are the base's to the
                        bit), before anything is asked. Views of several memories become one, a row each, by their static
                        method `side_by_side([view, …])`: the benches ask many small memories at once.
     weights()          (B, N + 1) of the last question: weight of each turn, and last of none of them
+
+and if they are trained in (shared.TrainedIn says so to whoever tells it some)
+
+    taught()           what was: {"facts", "train", "held_out"}, as variants/facts.py draws it; the benches ask by it
 
 A Lesson is what train.py's loop asks for steps and figures:
 
@@ -44,13 +48,15 @@ A Lesson is what train.py's loop asks for steps and figures:
     evaluate(questions=512, silent=False) -> {size: {"recall": share, …}}     held out; silent: what the base alone answers
     layers                                                  those that --compile compiles
 
-`PoolLesson` is that of designs which are told facts: the graph's own data, through all layers of the base.
+`shared.PoolLesson` is that of designs which are told facts: the graph's own data, through all layers of the base;
+`facts.TaughtLesson` is that of facts that are trained in.
 """
 
 from importlib import import_module
+from pathlib import Path
 
 from gemma import InputError, read_json
-from memory import SHIPPED, Path
+from memory import SHIPPED
 
 NAMES = {"graph": "memory.GemmaWithMemory", "prefix": "variants.prefix.PrefixMemory", "cross": "variants.cross_attention.CrossAttentionMemory",
          "chapters": "variants.chapters.ChapterMemory", "lora": "variants.lora.LoraMemory", "none": "variants.none.NoMemory"}
