@@ -160,8 +160,8 @@ def reset(work, exercise):
 
 def watch(work, chosen):
     """Check each file when it is saved."""
+    seen = {e: work.hash(e) for e in chosen}                               # before anybody is told to save
     print("watching", here(work.folder), "- save a file to check it; Ctrl-C ends", flush=True)
-    seen = {e: work.hash(e) for e in chosen}
     while True:
         time.sleep(0.3)
         for exercise in chosen:

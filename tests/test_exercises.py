@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import xml.etree.ElementTree as tree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -268,6 +269,8 @@ def test_watch_checks_what_is_saved(tmp_path):
     work = Work(tmp_path)
     process = subprocess.Popen([sys.executable, "-m", "exercises", "watch", "--work", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)
+    late = threading.Timer(120, process.kill)                              # a line that never comes is an empty one then
+    late.start()
     try:
         assert "watching" in process.stdout.readline()
         Work.write(work.path(MASK), MASK.text)
@@ -276,6 +279,7 @@ def test_watch_checks_what_is_saved(tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130 and "Traceback" not in process.stderr.read()
     finally:
+        late.cancel()
         process.kill()
 
 
