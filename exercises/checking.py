@@ -382,8 +382,8 @@ def run(exercise, file, part=1.0, show=False, seconds=None):
         late = re.search(r"Timeout \((\d+):(\d+):(\d+)", trace)
         if late or code is None:
             seconds = sum(int(n) * unit for n, unit in zip(late.groups(), (3600, 60, 1))) if late else seconds
-            at = next((line.rsplit("line ", 1)[1] for line in trace.split("\n") if f'"{Path(file).resolve()}", line' in line), "")
-            failed = f"stopped after {seconds} s" + (f", in line {at}" if at else "") + "; is there a loop that never ends?"
+            at = re.search(rf'"{re.escape(str(Path(file).resolve()))}", line (\d+)', trace)
+            failed = f"stopped after {seconds} s" + (f", in line {at[1]}" if at else "") + "; is there a loop that never ends?"
         else:
             failed = f"the process ended by itself (code {code}): a crash, too much memory, or a call that ends Python"
         return dict(passed=[], failed=failed, score=None, printed="")

@@ -109,8 +109,10 @@ ENDLESS = "while True: print('x' * 1000)"
 def running(request, tmp_path_factory):
     """The checks of broken files, as futures of (result, line of what is broken): they run, mostly waiting, while other tests do."""
     asked = {item.originalname for item in request.session.items}
+    folder = tmp_path_factory.mktemp("broken")                             # here: in the threads, pytest could be at its own folders
     def checked(body):
-        file = tmp_path_factory.mktemp("broken") / MASK.name
+        file = folder / f"{[ENDLESS, *BROKEN].index(body)}" / MASK.name
+        file.parent.mkdir()
         file.write_text(stub(MASK).replace("raise NotImplementedError", body + "  #"), encoding="utf-8")
         return run(MASK, file, seconds=MASK.seconds if body == ENDLESS else 300), next(n for n, text in enumerate(file.read_text().split("\n"), 1) if body in text)
     with ThreadPoolExecutor(2) as pool:
