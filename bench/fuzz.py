@@ -371,7 +371,7 @@ def check_store(folder, context):
         said, answered = io.StringIO(), io.StringIO()
         sys.stdin = io.TextIOWrapper(io.BytesIO(line.encode("utf-8", "surrogatepass") + b"\n"))
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(answered):
-            generate.talk(model, argparse.Namespace(why=True, max_tokens=2, temperature=0.0, top_k=0, top_p=1.0, seed=None, compile=False), chat)
+            generate.talk(model, argparse.Namespace(why=True, max_tokens=2, temperature=0.0, top_k=0, top_p=1.0, seed=None, compile=False, explain=None), chat)
         before = now
         for words in map(str.split, said.getvalue().splitlines()):
             if words[:2] == ["remembered", "as"]:

@@ -37,12 +37,12 @@ def draw(folder, path=None):
     measured = [line for line in lines if "held_out" in line]
     marker = "o" if len(measured) < 30 else ""
     for i, N in enumerate(measured[0]["held_out"] if measured else ()):
-        at = lambda name: [math.nan if line["held_out"][N][name] is None else 100 * line["held_out"][N][name] for line in measured]
-        steps, color = [line["step"] for line in measured], f"C{i}"
-        recall.plot(steps, at("recall"), color=color, marker=marker, label=f"all kinds, {N} facts")
-        recall.plot(steps, at("lookup"), color=color, linestyle=":", marker=marker, label=f"lookups, {N} facts")
-        found.plot(steps, at("first"), color=color, marker=marker, label=f"right episode first, {N} facts")
-        found.plot(steps, at("refused"), color=color, linestyle=":", marker=marker, label=f"unanswerable refused, {N} facts")
+        for axis, name, label, style in ((recall, "recall", "all kinds", "-"), (recall, "lookup", "lookups", ":"),
+                                         (found, "first", "right episode first", "-"), (found, "refused", "unanswerable refused", ":")):
+            shares = [line["held_out"][N].get(name) for line in measured]                      # not every design has all of them
+            if any(share is not None for share in shares):
+                axis.plot([line["step"] for line in measured], [math.nan if share is None else 100 * share for share in shares],
+                          style, color=f"C{i}", marker=marker, label=f"{label}, {N} facts")
     losses.set(title="losses", ylim=(0, None))
     recall.set(title="recall: exact match, %", ylim=(-2, 102))
     found.set(title="retrieval, %", ylim=(-2, 102))

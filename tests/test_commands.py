@@ -28,6 +28,8 @@ PROGRAMS = re.compile(r"(python|uv|pip|torchrun|printf|git)\s")
 AS_PRINTED = None
 TRAIN = "python train.py --model {toy} --inject-after 2 --heads 1 --key-dim 8 --token-key-dim 8 --gat-dim 8 --sentence-dim 16 --no-match --no-said --no-similar-edges --steps 1 --batch 128 --bundles 40 --facts 8 --tokens 40 --eval-every 1 "
 LARGE = "--warmup 1 --lr 1.2e-3 --workers 0 --dropout 0.1 "
+SHORT = " --model {toy} --steps 1 --batch 8 --eval-every 1 "              # of designs that train through all layers
+POOL = SHORT + "--bundles 40 --facts 8 --tokens 40 --minutes 6 --workers 0 --warmup 1 "
 RECALL = "python -m bench.recall --model {toy} --quick --sizes 4 --questions 8 --edits 5 --batch 16 --only "
 
 COMMANDS = {
@@ -52,6 +54,28 @@ COMMANDS = {
     '--eval-every 500 --compile --out out/tiny': (TRAIN + LARGE + "--minutes 6.9 --out out/tiny", Path("out/tiny/memory.json")),
     'python -m tiny.pretrain --out tiny --steps 15000 --documents 1000000':
         ("python -m tiny.pretrain --out {tmp}/pretrained --quick --steps 1 --batch 2 --documents 19200 --workers 1", Path("pretrained/model.safetensors")),
+    'python -m tiny.pretrain --chapters variants/configs/chapters.json --out out/tiny-bank':
+        ("tests/test_facts.py::test_from_scratch_with_a_bank", "pretrain("),
+    'python train.py --deterministic': ("tests/test_train.py::test_resumed_is_unbroken", "deterministic=True"),
+    'python train.py --config variants/configs/prefix.json --slots 4 --patience 3 --out out/prefix':
+        ("python train.py --config variants/configs/prefix.json --slots 4 --patience 3 --gist-after 1 --out out/prefix" + POOL, Path("out/prefix/memory.json")),
+    'python generate.py --model out/prefix --memory facts.txt "Where does Maria live?"': (AS_PRINTED, ""),
+    **{f'python train.py --config variants/configs/{name}.json --model gemma-3-270m --steps 20000 --minutes 6 --batch 512 --bundles 80000 --workers 14 '
+       f'--facts 64 --tokens 44 --warmup 100 --eval-every 400 --out out/{name}-270m':
+        (f"python train.py --config variants/configs/{name}.json --out out/{name}-270m" + (" --gist-after 1" if name == "prefix" else "") + POOL,
+         Path(f"out/{name}-270m/memory.json")) for name in ("prefix", "cross")},
+    'python -m bench.compare --quick': ("tests/test_compare.py::measured", "compare.main("),
+    'python -m bench.compare --model gemma-3-270m --device cuda --workers 14 --out out/compare-270m': ("tests/test_compare.py::measured", "compare.main("),
+    'python train.py --variant lora --lora-rank 8 --known 16 --steps 60 --batch 24 --lr 4e-3 --warmup 5 --eval-every 30 --out out/lora':
+        ("python train.py --variant lora --lora-rank 8 --known 3 --lr 4e-3 --warmup 5 --out out/lora" + SHORT, Path("out/lora/memory.json")),
+    'python train.py --variant chapters --bank 256 --placement 3,4,5,6,7 --bank-lr 5 --known 16 --steps 60 --batch 24 --lr 4e-3 --warmup 5 --eval-every 30 --out out/bank':
+        ("python train.py --variant chapters --bank 16 --placement 2,3 --bank-lr 5 --known 3 --lr 4e-3 --warmup 5 --out out/bank" + SHORT, Path("out/bank/memory.json")),
+    'python train.py --variant lora --facts-file facts.txt --train-on text --steps 60 --batch 24 --out out/mine':
+        ("python train.py --variant lora --facts-file facts.txt --train-on text --out out/mine" + SHORT, Path("out/mine/memory.json")),
+    'python train.py --config variants/configs/chapters.json --model gemma-3-270m':
+        ("python train.py --config variants/configs/chapters.json --bank 16 --known 3 --out out/chapters" + SHORT, Path("out/chapters/memory.json")),
+    'python generate.py --model out/bank "Where does Maria live?"': (AS_PRINTED, ""),
+    'python -m exercises check 16 --short': ("tests/test_exercises.py::test_ten_minutes", "scored("),
     'python -m bench.ladder': ("tests/test_ladder.py::short", "ladder.main(["),
     'python -m exercises': ("python -m exercises --work {tmp}/workshop", "^01  new"),
     'python -m exercises next': ("python -m exercises next --work {tmp}/workshop", "^01  new"),
@@ -67,6 +91,8 @@ COMMANDS = {
 option = lambda name, printed: re.search(rf"--{name} (\S+)", printed)[1]
 MEASURED = {
     "python -m bench.recall --model": (lambda printed: RECALL + ("locality,edits" if "edits" in option("only", printed) else "refusal,recall"), r"\| facts"),
+    **{start: (lambda printed: "tests/test_speed.py::test_quick_benches", "bench.main([\"--quick\"") for start in (
+        "python -m bench.decode", "python -m bench.memory_scale", "python -m bench.train_step", "python -m bench.gat", "torchrun --nproc_per_node=2 -m bench.train_step")},
     "python -m bench.natural": (lambda printed: "tests/test_natural.py::test_whole_command", "natural.main(["),
     "python -m bench.sessions kills": (lambda printed: "python -m bench.sessions kills --model {toy} --times 1", "acknowledged"),
     "python -m bench.sessions flips": (lambda printed: "python -m bench.sessions flips --model {toy}", "cache_refused"),
