@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from gemma import (BOS, END_OF_TURN, EOS, PAD, Gemma, Injection, InputError, Places, Tokenizer, find_model, read_json,
                    replacing, write_json)
-from gnn import EpisodicMemoryGNN, SentenceAttention, SimilarityEdges, time_edges
+from gnn import EpisodicMemoryGNN, ReadingAttention, SentenceAttention, SimilarityEdges, time_edges
 
 DONT_KNOW = "I don't know."
 HERE = Path(__file__).resolve().parent
@@ -49,6 +49,8 @@ class MemoryConfig:
     gat_dim: int = 32                # C of the graph attention
     sentence_layers: int = 1         # of attention among an episode's tokens, in both directions; 0: frozen states alone
     sentence_dim: int = 128          # width of these
+    reading_layers: int = 1          # of attention between the question and the episodes that are read; 0: none
+    reading_dim: int = 64            # width of these
     candidates: int = 16             # k: episodes that are compared with the question word by word
     readable: int = 4                # how many of these are then read
     hops: int = 2                    # 2: what the first reading found is added to the query, which then asks again
@@ -285,6 +287,12 @@ class MemoryInjectionLayer(nn.Module, Injection):
                 self.said_weight = nn.Parameter(torch.zeros(config.hops, H, 2 * NEAR + 1))
                 with torch.no_grad():
                     self.said_weight[..., NEAR] = -1.0                     # of the token itself
+            if config.reading_layers and config.read == "token":
+                self.meaning = nn.Linear(2 * D + (config.sentence_dim if self.sentence else 0), config.reading_dim, bias=False)
+                self.reading_attention = ReadingAttention(2 * D, D, config.reading_dim, config.reading_layers)
+                self.reading_key = nn.Linear(config.reading_dim, H * config.token_key_dim, bias=False)
+                self.fits = nn.Linear(config.reading_dim, H)
+                nn.init.zeros_(self.fits.weight), nn.init.zeros_(self.reading_key.weight)
             if config.time_edges:
                 self.lookback = nn.Linear(nodes, LOOKBACK * H)
             if config.similar_edges:
@@ -330,7 +338,8 @@ class MemoryInjectionLayer(nn.Module, Injection):
             read = unit(self.token_key_own(x) + before)
         if self.config.match:
             match = unit(self.match_key(x))
-        return torch.cat((read, match), 1).to(torch.bfloat16 if torch.is_autocast_enabled(ids.device.type) else torch.float32)
+        meaning = self.meaning(x).float() if hasattr(self, "meaning") else nothing[:, :0].float()
+        return torch.cat((read, match, meaning), 1).to(torch.bfloat16 if torch.is_autocast_enabled(ids.device.type) else torch.float32)
 
     # -- asking
 
@@ -363,11 +372,21 @@ class MemoryInjectionLayer(nn.Module, Injection):
                 ranked = self.gnn.log_weights(at[:, None], keys, valid, count[graph], evidence)[:, 0]      # (R, H, k + 1)
                 top = ranked[..., :-1].exp().mean(1).topk(min(config.readable, best.shape[1]), dim=-1).indices   # (R, r)
                 chosen = best.gather(1, top)
-                evidence = evidence.gather(2, top[:, None].expand(-1, config.heads, -1))
                 said = said_of(chosen) if hasattr(self, "said_weight") else None                           # (R, H, r, M)
                 place, real = view.tokens.places(view.episodes[graph[:, None], chosen])
+                stored, width = view.tokens.keys[place], config.heads * config.token_key_dim
+                token_keys = self.heads(stored[..., :width])
+                top = top[:, None].expand(-1, config.heads, -1)
+                if hasattr(self, "meaning"):
+                    told = self.reading_attention(question.features, question.mask, found[rows, last] if hop else None, stored[..., 2 * width:], real)
+                    token_keys = F.normalize(token_keys + self.heads(self.reading_key(told)).float(), dim=-1).to(stored.dtype)
+                    fits = self.fits(told).float().masked_fill(~real[..., None], -torch.inf).logsumexp(2)  # (R, r, H)
+                    evidence = evidence.scatter_add(2, top, fits.mT - real.sum(-1).clamp(min=1).log()[:, None])
+                    ranked = self.gnn.log_weights(at[:, None], keys, valid, count[graph], evidence)[:, 0]
+                evidence = evidence.gather(2, top)
+                top = top[:, 0]
                 memo[hop] = (asked, best, ranked, chosen, keys[rows[:, None], top], valid.gather(1, top), evidence,
-                             view.tokens.ids[place], self.heads(view.tokens.keys[:, :config.heads * config.token_key_dim][place]), real, said)
+                             view.tokens.ids[place], token_keys, real, said)
             asked, best, ranked, chosen, keys, valid, evidence, ids, token_keys, real, said = memo[hop]
             # 3. Every position weighs them, and null, for itself.
             weights = self.gnn.log_weights(self.heads(query), keys, valid, count[graph], evidence)         # (R, T, H, r + 1)
@@ -433,7 +452,8 @@ class MemoryInjectionLayer(nn.Module, Injection):
         """How like each word of R questions is to the most similar word of each episode, and each word of an episode to the
         most similar one of the question: q (R, W, H, C), episodes (G, U) -> (R, H, W, U), (R, H, U, M), at least 0."""
         place, real = tokens.places(episodes)                                                              # (G, U, M)
-        keys = self.heads(tokens.keys[:, -self.config.heads * self.config.token_key_dim:][place]) * real[..., None, None]
+        width = self.config.heads * self.config.token_key_dim
+        keys = self.heads(tokens.keys[:, width:2 * width][place]) * real[..., None, None]
         q = q.unflatten(0, (len(episodes), -1)).to(keys.dtype)
         cosine = torch.einsum("gswhc,gumhc->gshwum", q, keys)
         return cosine.max(-1).values.clamp(min=0).flatten(0, 1).float(), cosine.max(3).values.clamp(min=0).flatten(0, 1).float()
