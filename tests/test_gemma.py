@@ -533,7 +533,7 @@ def test_gated_and_unknown_repositories(monkeypatch, error, expected):
     assert "'tiny'" in str(raised.value) and "'gemma-3-270m'" in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["no-such-model", "a/b/c", "../x y", "gemma 3", "~/models", "https://huggingface.co/google/gemma-3-1b-it"])
+@pytest.mark.parametrize("name", ["no-such-model", "a/b/c", "../x y", "gemma 3", "~/models", "https://huggingface.co/google/gemma-3-1b-it", "x" * 5000, "a/" + "b" * 300])
 def test_an_unknown_model_is_refused_before_any_download(name, monkeypatch):
     """Catches a mistyped folder that is asked of the Hub."""
     import huggingface_hub
