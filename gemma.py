@@ -606,7 +606,8 @@ class Decoder:
             self.tried(self.compile_passes)
 
     def compile_passes(self):
-        if self.compile:
+        """Compile layers for prompts of any length, and a whole pass for the one shape that steps have."""
+        if self.compile:                                   # not when `tried` calls a second time, to go on without
             tuned = {"coordinate_descent_tuning": True} if self.token.is_cuda else None    # or products of matrix and vector are slow
             self.layer = torch.compile(DecoderLayer.forward, dynamic=True)
             self.whole = torch.compile(Gemma.forward, dynamic=False, options=tuned)
@@ -636,6 +637,7 @@ class Decoder:
         return self.logits
 
     def run(self):
+        """A step on what `token` holds: logits (B, V)."""
         return self.whole(self.model, self.token, None, None, self.cache, self.injection, True)[:, -1]
 
     def record(self):

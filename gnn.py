@@ -24,7 +24,7 @@ def softmax_by_target(scores, target, N):
     highest = scores.new_full((N, scores.shape[1]), -torch.inf).scatter_reduce(0, index, scores.detach(), "amax")
     weights = (scores - highest.index_select(0, target)).exp()
     total = weights.new_zeros(N, scores.shape[1]).index_add(0, target, weights)
-    return weights * total.reciprocal().index_select(0, target)
+    return weights * total.reciprocal().index_select(0, target)             # one division a node, not one an edge
 
 
 class GATLayer(nn.Module):

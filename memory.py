@@ -430,6 +430,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         return context
 
     def queries(self, x, pool):
+        """What positions x (R, T, F) ask with: their own part and that of the question as a whole, pool (R, 1, F)."""
         query = self.query_pool(pool)
         return query + self.query_own(x) if self.config.query == "token" else query.expand(*x.shape[:2], -1)   # (R, T, H * C)
 

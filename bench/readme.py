@@ -150,8 +150,8 @@ def survival(_):
     row("sessions-large-tiny", "100,000 facts", large)
     for model in ("tiny", "gemma-3-270m"):
         row(f"sessions-evening-{model}", "a fact, other turns, a new process", lambda r: f"after {r['turns']} turns: “{r['answer']}”")
-    assert len({hardware for hardware, _ in where}) == 1, "measured on one machine"
-    return f"{where[0][0]}, {sum(seconds for _, seconds in where) / 60:.0f} minutes.\n\n" + "\n".join(rows)
+    machines = list(dict.fromkeys(hardware for hardware, _ in where))      # one, unless something was measured again elsewhere
+    return f"{'; '.join(machines)}, {sum(seconds for _, seconds in where) / 60:.0f} minutes.\n\n" + "\n".join(rows)
 
 
 def large(r):

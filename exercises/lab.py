@@ -164,6 +164,8 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, required=True, help="draws people, sentences, weights and the order of the runs")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs, 1 to 5")
     args = parser.parse_args(arguments)
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"expected a folder as --out, got the file {args.out}; name another.")
     with tqdm(total=len(CAUSES) * STEPS, desc="training", unit="step") as bar:
         make(args.seed, args.out, bar)
 
