@@ -18,7 +18,7 @@ Templates have holes: {a} the noun of an open attribute, {p} the subject ({P} wh
 {Sub} {sub} {Poss} {poss} {obj} pronouns, {q} a second person, {f} a whole sentence. Patterns of values have holes named after
 lists and other patterns, and # stands for a digit, ^ for a digit but 0, ? for a capital letter, * for a small one, ~ for a hexadecimal digit. A scene has wordings of
 its `first` sentence and perhaps of a second one (`then`) that only a pronoun links to it, `questions` and `updates` for each hole,
-and `options`: lists of values of its own. Its holes are named after these or after any list or pattern, with a digit for a second.
+`missing`: questions on the same matter that it does not answer, and `options`: lists of values of its own. Its holes are named after these or after any list or pattern, with a digit for a second.
 """
 
 import argparse
@@ -49,7 +49,8 @@ TWIN = 0.28                                 # two subjects with similar names an
 ATTRIBUTES = {1: 0.36, 2: 0.36, 3: 0.18, 4: 0.07, 5: 0.03}                      # how many are told of a subject
 WAYS = dict(plain=0.42, joined=0.08, mentioned=0.10, continued=0.12, update=0.28)  # how one is told: see World.tell
 STORY, OPEN_IN_STORY = 0.33, 0.07           # bundles of scenes; their values that may be anything
-CHANGED = 0.5                               # scenes that can change do
+CHANGED, RETOLD = 0.5, 0.25                 # scenes that can change do; what has changed changes again, up to three times more
+NEAR_MISS = 0.5                             # a scene is asked for what it nearly tells
 OPEN_ATTRIBUTE = 0.3                        # attributes that are any noun: "Maria's tax advisor is 4821"
 LIST = 0.35                                 # an attribute that may have two values is told with two
 SECOND_QUESTION, UNANSWERABLE = 0.3, 0.75   # a second phrasing; one more question, that can't be answered,
@@ -255,7 +256,8 @@ class World:
             types = {hole: own[hole] if hole in own else self.choices[hole.rstrip("0123456789")] for hole in sorted(holes)}
             if all(types.values()):
                 self.scenes.setdefault(raw.get("subject", "person"), []).append(
-                    SimpleNamespace(**wordings, **several, types=types, key=f"scene {number}"))
+                    SimpleNamespace(**wordings, **several, types=types, key=f"scene {number}",
+                                    missing=[sentence_start(t) for t in raw.get("missing", [])]))
         every = [(kind, scene) for kind, scenes in self.scenes.items() for scene in scenes]
         self.stories = dict(lookup=every, unanswerable=every, update=[x for x in every if x[1].updates], coreference=[x for x in every if x[1].then])
 
@@ -455,17 +457,29 @@ class World:
                     chunk.append([self.say(template, subject, value, attribute.quoted)])
                     questions += self.ask(attribute, subject, value, chunk[-1:], "coreference")
             chunks.append(chunk)
-            if way in ("update", "list"):
+            if way == "list":
                 other = self.value(attribute, taken)
-                sentence = self.update(attribute, subject, other) if way == "update" else \
-                    [self.say(self.pick(attribute.also), subject, other, attribute.quoted)]
-                later.append((chunk, sentence))
-                answer, support = (other, [sentence]) if way == "update" else (f"{value} and {other}", [chunk[0], sentence])
-                questions += self.ask(attribute, subject, answer, support, way)
-        for chunk, sentence in later:            # after the sentence it goes back to, with 0 to 2 chunks between
-            at = 1 + next(i for i, other in enumerate(chunks) if other is chunk)
-            chunks.insert(at + int(self.random() * min(3, len(chunks) - at + 1)), [sentence])
+                sentence = [self.say(self.pick(attribute.also), subject, other, attribute.quoted)]
+                later.append((chunk, [sentence]))
+                questions += self.ask(attribute, subject, f"{value} and {other}", [chunk[0], sentence], way)
+            elif way == "update":
+                for _ in range(self.changes()):
+                    value = self.value(attribute, taken)
+                    later.append((chunk, [self.update(attribute, subject, value)]))
+                    chunk = later[-1][1]
+                questions += self.ask(attribute, subject, value, chunk[:], way)
+        self.insert(chunks, later)
         return chunks, questions
+
+    def changes(self):
+        """How often something changes that does."""
+        return 2 + int(self.random() * 3) if self.random() < RETOLD else 1
+
+    def insert(self, chunks, later):
+        """Put into `chunks` those that go back to one of them: after it, with 0 to 2 chunks between. later: pairs (it, new)."""
+        for chunk, new in later:
+            at = 1 + next(i for i, other in enumerate(chunks) if other is chunk)
+            chunks.insert(at + int(self.random() * min(3, len(chunks) - at + 1)), new)
 
     def update(self, attribute, subject, value):
         """The later sentence of an update: it says that something changed, or simply tells the attribute again."""
@@ -643,10 +657,12 @@ class World:
             can = sorted(hole for hole in scene.updates if hole in scene.questions and hole not in follows and hole != "q"
                          and any("{%s}" % hole in template for template in scene.first))
             if can and (forced == "update" or self.random() < CHANGED):
-                changed = self.pick(can)
-                new = {**filled, changed: self.scene_value(scene.types[changed], taken)}
-                sentence = [self.put(self.pick(scene.updates[changed]), subject, new)]
-                later.append((chunk, sentence))
+                changed, before = self.pick(can), chunk
+                for _ in range(self.changes()):
+                    new = {**filled, changed: self.scene_value(scene.types[changed], taken)}
+                    sentence = [self.put(self.pick(scene.updates[changed]), subject, new)]
+                    later.append((before, [sentence]))
+                    before = later[-1][1]
             said = set(HOLE.findall(scene.first[0])) | follows
             asked = sorted(hole for hole in scene.questions if hole in said)
             # Three holes at most are asked about; among them the one that makes a question of the kind asked for.
@@ -667,10 +683,10 @@ class World:
                 known = said - {changed}
                 questions += [Question(self.put(t, subject, filled), answer, sentence_of, sort, self.trained)
                               for t in chosen if t and set(HOLE.findall(t)) <= known]
+            if scene.missing and self.random() < NEAR_MISS:
+                questions.append(Question(self.put(self.pick(scene.missing), subject, filled), "", [], "unanswerable", self.trained))
             chunks.append(chunk)
-        for chunk, sentence in later:
-            at = 1 + next(i for i, other in enumerate(chunks) if other is chunk)
-            chunks.insert(at + int(self.random() * min(3, len(chunks) - at + 1)), [sentence])
+        self.insert(chunks, later)
         return chunks, questions
 
     def finish(self, chunks, questions, keys):

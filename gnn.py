@@ -1,8 +1,9 @@
 """A graph attention network by hand, and the network that turns episodes into keys.
 
 `GATLayer` is the layer of Velickovic et al., "Graph Attention Networks" (https://arxiv.org/abs/1710.10903), on an edge
-list. `SentenceAttention` is its dense form, on the tokens of a sentence. `EpisodicMemoryGNN` uses one to let an episode hear its neighbours in time: the sentence before it may say who "she"
-is. `SimilarityEdges` let later episodes silence earlier ones that they have made out of date.
+list; `EpisodicMemoryGNN` uses one to let an episode hear its neighbours in time: the sentence before it may say who "she"
+is. `SentenceAttention` and `ReadingAttention` are its dense form, on the tokens of a sentence, alone and beside a question.
+`SimilarityEdges` let later episodes silence earlier ones that they have made out of date.
 
 Letters: G graphs · N nodes (episodes) of a graph · E edges · D width of a node · H heads · C width of a head.
 """
@@ -84,23 +85,41 @@ class GATLayer(nn.Module):
         return out.view(N, H * C) + self.bias
 
 
-class SentenceAttention(nn.Module):
-    """What each token means to its sentence: graph attention on the complete graph of an episode's tokens.
+class TokenAttention(nn.Module):
+    """Graph attention on the complete graph of some tokens: since every pair of them is an edge, it is dense, scored by dot
+    products (https://arxiv.org/abs/1706.03762), with the distance as the edge's feature."""
 
-    The frozen states look to the left only: in "Bookbinding takes up all of Tom's evenings" the state of the first word
-    knows of nothing but itself. Here tokens hear those to their right too. Since every pair of tokens is an edge, the
-    attention is dense, scored by dot products (https://arxiv.org/abs/1706.03762), with the distance as the edge's feature.
-    """
-
-    def __init__(self, in_dim, dim=128, layers=1, heads=4, reach=8):
+    def __init__(self, dim, layers, heads=4, reach=8):
         super().__init__()
         self.heads, self.reach = heads, reach
-        self.enter = nn.Linear(in_dim, dim, bias=False)
         self.qkv = nn.ModuleList(nn.Linear(dim, 3 * dim, bias=False) for _ in range(layers))
         self.out = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(layers))
         self.up = nn.ModuleList(nn.Linear(dim, 2 * dim) for _ in range(layers))
         self.down = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(layers))
         self.distance = nn.Parameter(torch.zeros(layers, heads, 2 * reach + 1))
+
+    def attend(self, h, real, place):
+        """h (E, M, dim) tokens of E graphs, of which `real` (E, M) are no padding, at the places (M,) -> (E, M, dim)."""
+        far = (place - place[:, None]).clamp(-self.reach, self.reach) + self.reach              # (M, M)
+        norm = lambda h: F.rms_norm(h, h.shape[-1:])
+        for qkv, out, up, down, distance in zip(self.qkv, self.out, self.up, self.down, self.distance):
+            q, k, v = qkv(norm(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # each (E, H, M, C)
+            bias = distance[:, far].to(q.dtype).masked_fill(~real[:, None, None], -1e4)         # (E, H, M, M)
+            h = h + out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
+            h = h + down(F.gelu(up(norm(h))))
+        return norm(h)
+
+
+class SentenceAttention(TokenAttention):
+    """What each token means to its sentence.
+
+    The frozen states look to the left only: in "Bookbinding takes up all of Tom's evenings" the state of the first word
+    knows of nothing but itself. Here tokens hear those to their right too.
+    """
+
+    def __init__(self, in_dim, dim=128, layers=1, **options):
+        super().__init__(dim, layers, **options)
+        self.enter = nn.Linear(in_dim, dim, bias=False)
 
     def forward(self, x, lengths):
         """x (all, F) features of the tokens of E episodes that lie end to end, lengths (E,) -> (all, dim)."""
@@ -108,17 +127,35 @@ class SentenceAttention(nn.Module):
         episode = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
         place = torch.arange(len(x), device=device) - (lengths.cumsum(0) - lengths)[episode]
         real = torch.arange(longest, device=device) < lengths[:, None]                          # (E, M)
-        far = torch.arange(longest, device=device)
-        far = (far - far[:, None]).clamp(-self.reach, self.reach) + self.reach                  # (M, M)
         h = self.enter(x)
         h = h.new_zeros(*real.shape, h.shape[-1]).index_put((episode, place), h)                # (E, M, dim)
-        norm = lambda h: F.rms_norm(h, h.shape[-1:])
-        for qkv, out, up, down, distance in zip(self.qkv, self.out, self.up, self.down, self.distance):
-            q, k, v = qkv(norm(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # each (E, H, M, C)
-            bias = distance[:, far].to(q.dtype).masked_fill(~real[:, None, None], -1e4)         # (E, H, M, M)
-            h = h + out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
-            h = h + down(F.gelu(up(norm(h))))
-        return norm(h)[episode, place]
+        return self.attend(h, real, torch.arange(longest, device=device))[episode, place]
+
+
+class ReadingAttention(TokenAttention):
+    """What each token of an episode means to the question: the two side by side, each word hearing all others.
+
+    The one step that sees question and sentence together, so it can tell "since 2019" from "for 12 years" by what was
+    asked. It costs as much as the sentences are long, so only the few that are read get it.
+    """
+
+    def __init__(self, in_dim, found_dim, dim, layers, **options):
+        super().__init__(dim, layers, **options)
+        self.ask = nn.Linear(in_dim, dim, bias=False)
+        self.found = nn.Linear(found_dim, dim, bias=False)
+
+    def forward(self, question, asks, found, told, real):
+        """question (R, T, F), of which the tokens `asks` (R, T) count; found (R, D) of the hop before, or None; told
+        (R, r, M, dim) the tokens of r episodes, of which `real` (R, r, M) exist -> (R, r, M, dim)."""
+        r, q = real.shape[1], self.ask(question)
+        place = torch.arange(asks.shape[1] + real.shape[2], device=q.device)
+        place = place + self.reach * (place >= asks.shape[1])                                   # across the gap nobody is a neighbour
+        if found is not None:
+            q, asks = torch.cat((self.found(found)[:, None].to(q.dtype), q), 1), F.pad(asks, (1, 0), value=True)
+            place = F.pad(place, (1, 0), value=-self.reach)
+        h = torch.cat((q[:, None].expand(-1, r, -1, -1), told.to(q.dtype)), 2).flatten(0, 1)    # (R * r, 1 + T + M, dim)
+        real = torch.cat((asks[:, None].expand(-1, r, -1), real), 2).flatten(0, 1)
+        return self.attend(h, real, place)[:, asks.shape[1]:].unflatten(0, (-1, r))
 
 
 # Edge features, one column each. A self-loop is all zeros.

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from gemma import (BOS, END_OF_TURN, EOS, PAD, Gemma, Injection, InputError, Places, Tokenizer, find_model, read_json,
                    replacing, write_json)
-from gnn import EpisodicMemoryGNN, SentenceAttention, SimilarityEdges, time_edges
+from gnn import EpisodicMemoryGNN, ReadingAttention, SentenceAttention, SimilarityEdges, time_edges
 
 DONT_KNOW = "I don't know."
 PART = 1024                          # facts that are written at a time
@@ -72,6 +72,8 @@ class MemoryConfig(Settings):
     gat_dim: int = 32                # C of the graph attention
     sentence_layers: int = 1         # of attention among an episode's tokens, in both directions; 0: frozen states alone
     sentence_dim: int = 128          # width of these
+    reading_layers: int = 1          # of attention between the question and the episodes that are read; 0: none
+    reading_dim: int = 64            # width of these
     candidates: int = 16             # k: episodes that are compared with the question word by word
     readable: int = 4                # how many of these are then read
     hops: int = 2                    # 2: what the first reading found is added to the query, which then asks again
@@ -91,13 +93,14 @@ class MemoryConfig(Settings):
     chat: bool = False               # questions as Gemma's chat turns (instruction-tuned base) instead of "Question: … Answer:"
 
     def check(self, source):
-        most = dict(heads=64, sentence_layers=64, hops=8)                  # a file could ask for more than any machine has
-        for name in ("inject_after", "heads", "key_dim", "token_key_dim", "gat_dim", "sentence_dim", "candidates", "readable", "hops"):
+        most = dict(heads=64, sentence_layers=64, reading_layers=64, hops=8)   # a file could ask for more than any machine has
+        for name in ("inject_after", "heads", "key_dim", "token_key_dim", "gat_dim", "sentence_dim", "reading_dim", "candidates", "readable", "hops"):
             if not 1 <= getattr(self, name) <= most.get(name, 4096):
                 raise InputError(f"{source}: expected {name} from 1 to {most.get(name, 4096)}, got {str(getattr(self, name))[:20]}.")
-        if not 0 <= self.sentence_layers <= most["sentence_layers"] or self.sentence_dim % 4:
-            raise InputError(f"{source}: expected sentence_layers from 0 to {most['sentence_layers']} and sentence_dim a multiple of 4, "
-                             f"got {str(self.sentence_layers)[:20]} and {self.sentence_dim}.")
+        for layers, dim in (("sentence_layers", "sentence_dim"), ("reading_layers", "reading_dim")):
+            if not 0 <= getattr(self, layers) <= most[layers] or getattr(self, dim) % 4:
+                raise InputError(f"{source}: expected {layers} from 0 to {most[layers]} and {dim} a multiple of 4, "
+                                 f"got {str(getattr(self, layers))[:20]} and {getattr(self, dim)}.")
         for name in ("value_scale", "null_threshold"):
             if not abs(getattr(self, name)) < 1e6:                       # nor is NaN
                 raise InputError(f"{source}: expected {name} to be an ordinary number, got {str(getattr(self, name))[:20]}.")
@@ -111,11 +114,11 @@ class MemoryConfig(Settings):
 # ------------------------------------------------------------------------------------------------------- the store
 
 class TokenStore:
-    """Tokens of many episodes, end to end, without padding: ids (all,), keys (all, 2 * H * C): those that are read by, then
-    those that are matched by; and where each episode lies.
+    """Tokens of many episodes, end to end, without padding: ids (all,), keys (all, 2 * H * C + reading_dim): what they are read
+    by, what they are matched by, and what they mean (see `key_widths`); and where each episode lies.
 
     The <bos> that every episode was encoded with is left out: its state is an outlier that would drown the others. Keys are
-    most of what a memory takes. They are of length 1, so float16 keeps them to a few parts in ten thousand in half the room.
+    most of what a memory takes. They are small numbers, so float16 keeps them to a few parts in ten thousand in half the room.
     """
 
     def __init__(self, ids, keys, lengths):
@@ -129,10 +132,10 @@ class TokenStore:
         place = (self.starts[episodes][..., None] + offset).clamp(max=len(self.ids) - 1)
         return place, offset < self.lengths[episodes][..., None]
 
-    def keys_at(self, place, side):
-        """Keys of the tokens at `place` (...), to read by (side 0) or to match by (1): (..., H * C), on the device of `place`,
-        wherever they are kept. What is kept in half precision is computed with in full."""
-        keys = self.keys.unflatten(1, (2, -1))[place.to(self.keys.device), side].to(place.device)
+    def keys_at(self, place, part):
+        """A part (a slice) of the keys of the tokens at `place` (...): (..., width), on the device of `place`, wherever they
+        are kept. What is kept in half precision is computed with in full."""
+        keys = self.keys[:, part][place.to(self.keys.device)].to(place.device)
         return keys.float() if keys.dtype == torch.float16 else keys
 
     def joined(self, others):
@@ -185,7 +188,7 @@ class EpisodeGraph:
     def clear(self, hidden_size):
         long = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=self.device)
         self.ids, self.texts, self.room = [], [], Growing()
-        self.tokens = TokenStore(long(0), torch.zeros(0, 2 * self.config.heads * self.config.token_key_dim, dtype=torch.float16, device=self.device), long(0))
+        self.tokens = TokenStore(long(0), torch.zeros(0, sum(key_widths(self.config)), dtype=torch.float16, device=self.device), long(0))
         self.states = None
         self.nodes = torch.zeros(0, node_width(self.config, hidden_size), device=self.device)   # (N, D or 2 D)
         self.keys = None
@@ -243,6 +246,12 @@ def node_width(config, hidden_size):
     return hidden_size * (2 if config.node_features == "both" else 1)
 
 
+def key_widths(config):
+    """Widths of the three parts of a token's key: what it is read by, what it is matched by, what it means to a reader."""
+    width = config.heads * config.token_key_dim
+    return width, width, config.reading_dim if config.reading_layers and config.read == "token" else 0
+
+
 def node_features(config, states, embeddings):
     """What the mean of is an episode's node: states and embeddings, each (tokens, D) -> (tokens, D or 2 D)."""
     if config.node_features == "both":
@@ -285,16 +294,20 @@ class Reading:
     weights: list                    # (R, T, H, r + 1): over these, at every position
     token_ids: torch.Tensor          # (R, r, M) what stands in them; -1 where nothing does; at the last hop
     token_weights: torch.Tensor      # (R, T, H, r, M): inside each of them, at the last hop
+    end_weights: torch.Tensor = None # (R, T, H, r): on the end that stands behind each, "I have nothing more to say"
+    end: int = -1                    # the token that this end is
 
 
 class MemoryInjectionLayer(nn.Module, Injection):
     """Reads the memory with the hidden states after layer `inject_after` and adds what it read to them."""
 
-    def __init__(self, config, hidden_size, embedding):
-        """embedding: the base's frozen table, (V, D), kept out of this module's parameters."""
+    def __init__(self, config, hidden_size, embedding, end=0):
+        """embedding: the base's frozen table, (V, D), kept out of this module's parameters; end: the token that ends an answer."""
         super().__init__()
         D, H = hidden_size, config.heads
-        self.config = config
+        self.config, self.end = config, end
+        read, match, meaning = key_widths(config)
+        self.read_by, self.match_by, self.mean_by = slice(read), slice(read, read + match), slice(read + match, None)
         self.table = [embedding]     # in a list, so that it is neither saved nor trained with this module
         nodes = node_width(config, D)
         self.gnn = EpisodicMemoryGNN(nodes, H, config.key_dim, config.gat_dim, config.graph, config.cosine_keys)
@@ -313,6 +326,16 @@ class MemoryInjectionLayer(nn.Module, Injection):
             self.token_query_pool = each_hop(lambda: linear(config.token_key_dim))
             self.token_key_own, self.token_key_before = key(), key()
             self.log_token_temperature = nn.Parameter(torch.full((H,), 5.0).log())
+            self.end_key = nn.Parameter(torch.randn(H, config.token_key_dim) / config.token_key_dim ** 0.5)
+        if meaning:
+            self.meaning = nn.Linear(2 * D + (config.sentence_dim if self.sentence else 0), meaning, bias=False)
+            self.understand = ReadingAttention(2 * D, D, meaning, config.reading_layers)
+            self.understood_key = nn.Linear(meaning, read, bias=False)
+            self.fits = nn.Linear(meaning, H)
+            with torch.no_grad():                                          # the other parts lead at first
+                self.understood_key.weight.mul_(0.2), self.fits.weight.mul_(0.2)
+            if config.similar_edges:
+                self.outdated = SimilarityEdges(meaning)
         if config.match:
             self.match_query, self.match_key = each_hop(lambda: linear(config.token_key_dim)), key()
             self.match_weight = each_hop(lambda: nn.Linear(2 * D, H))
@@ -328,7 +351,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
             if config.similar_edges:
                 self.similarity = SimilarityEdges(nodes)
         start = torch.eye(D) * config.value_scale if config.identity_values else torch.randn(D, D) * config.value_scale / D ** 0.5
-        self.value_map = nn.Parameter(start.repeat(H, 1, 1))               # (H, D, D)
+        self.value_map = nn.Parameter(start)                               # (D, D)
         self.view = None                                                   # the MemoryView to read; None: stay silent
         self.reading = None                                                # the last Reading, for recall and --why
 
@@ -352,7 +375,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         return F.dropout(x, self.config.dropout, self.training)
 
     def token_keys(self, ids, states, lengths):
-        """Keys of the tokens of episodes that lie end to end: ids (all,), states (all, D), lengths (episodes,) -> (all, 2 * H * C).
+        """Keys of the tokens of episodes that lie end to end: ids (all,), states (all, D), lengths (episodes,) -> (all, 2 * H * C + reading_dim).
 
         The key that a token is read by also says what stands before it: "the token after the one I just said" is then one
         lookup, as in an induction head (https://arxiv.org/abs/2209.11895).
@@ -368,7 +391,8 @@ class MemoryInjectionLayer(nn.Module, Injection):
             read = unit(self.token_key_own(x) + before)
         if self.config.match:
             match = unit(self.match_key(x))
-        return torch.cat((read, match), 1).to(torch.bfloat16 if torch.is_autocast_enabled(ids.device.type) else torch.float32)
+        meaning = F.rms_norm(self.meaning(x).float(), (self.config.reading_dim,)) if hasattr(self, "meaning") else nothing[:, :0].float()
+        return torch.cat((read, match, meaning), 1).to(torch.bfloat16 if torch.is_autocast_enabled(ids.device.type) else torch.float32)
 
     # -- asking
 
@@ -386,7 +410,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         last = question.last() if T > 1 else torch.zeros_like(rows)
         pool = question.pool()
         query = self.queries(x, pool)
-        reading, found, kept = Reading(None, [], [], [], [], [], None, None), None, []
+        reading, found, kept = Reading(None, [], [], [], [], [], None, None, None, self.end), None, []
         for hop in range(config.hops):
             # 1. Which episodes? The last position of the question asks all, and keeps the best k.
             at = self.heads(query[rows, last])
@@ -396,15 +420,26 @@ class MemoryInjectionLayer(nn.Module, Injection):
             # 2. Compared word by word, which of these? The best few will be read.
             evidence, said_of = self.compare(hop, question, found[rows, last] if hop else None, view, graph, best, keys) \
                 if config.match else (keys.new_zeros(R, config.heads, best.shape[1]), None)
-            ranked = self.gnn.log_weights(at[:, None], keys, valid, count[graph], evidence)[:, 0]          # (R, H, k + 1)
+            weigh = lambda evidence: self.gnn.log_weights(at[:, None], keys, valid, count[graph], evidence)[:, 0]      # (R, H, k + 1)
+            ranked = weigh(evidence)
             top = ranked[..., :-1].exp().mean(1).topk(min(config.readable, best.shape[1]), dim=-1).indices # (R, r)
-            chosen = best.gather(1, top)
+            chosen, each = best.gather(1, top), top[:, None].expand(-1, config.heads, -1)
             place, real = view.tokens.places(view.episodes[graph[:, None], chosen])
             place, real = F.pad(place, (0, spare)), F.pad(real, (0, spare))                                # (R, r, M)
-            ids = view.tokens.ids[place]
-            kept.append(dict(keys=keys[rows[:, None], top], valid=valid.gather(1, top), count=count[graph], real=real,
-                             evidence=evidence.gather(2, top[:, None].expand(-1, config.heads, -1)),
-                             token_keys=self.heads(view.tokens.keys_at(place, 0)), values=self.values(ids).flatten(1, 2)))
+            ids, token_keys = view.tokens.ids[place], self.heads(view.tokens.keys_at(place, self.read_by))
+            if hasattr(self, "meaning"):
+                # 3. Side by side with the question, what do these say to it?
+                told = self.understand(question.features, question.mask, found[rows, last] if hop else None,
+                                       view.tokens.keys_at(place, self.mean_by), real)                     # (R, r, M, dim)
+                token_keys = F.normalize(token_keys + self.heads(self.understood_key(told)).float(), dim=-1).to(token_keys.dtype)
+                at_hand = chosen.masked_fill(~valid.gather(1, top), -1)                                    # an empty place silences nobody
+                evidence = evidence.scatter_add(2, each, self.judge(told, real, keys[rows[:, None], top], at_hand))
+                ranked = weigh(evidence)
+            kept.append(dict(keys=keys[rows[:, None], top], valid=valid.gather(1, top), count=count[graph], real=F.pad(real, (0, 1), value=True),
+                             evidence=evidence.gather(2, each), values=self.values(F.pad(ids, (0, 1), value=self.end)).flatten(1, 2)))
+            if config.read == "token":
+                end = F.normalize(self.end_key, dim=-1).to(token_keys.dtype).expand(*token_keys.shape[:2], 1, -1, -1)
+                kept[-1]["token_keys"] = torch.cat((token_keys, end), 2)                                   # (R, r, M + 1, H, C)
             if hasattr(self, "said_weight"):
                 kept[-1]["said"] = F.pad(said_of(chosen), (0, spare))                                      # (R, H, r, M)
             weights, inside, reading.context = self.attend(hop, x, pool, query, kept[-1])
@@ -415,7 +450,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
                 # What was found asks on: "Maria's brother is Tom" turns a question about Maria into one about Tom.
                 found = reading.context.mean(2)
                 query = query + self.hop_query[hop](found)
-        reading.token_ids, reading.token_weights = ids.masked_fill(~real, -1), inside
+        reading.token_ids, reading.token_weights, reading.end_weights = ids.masked_fill(~real, -1), inside[..., :-1], inside[..., -1]
         if memo is not None:
             memo.update({name: torch.stack([of[name] for of in kept]) for name in kept[0]}, pool=pool)
         return reading
@@ -437,12 +472,13 @@ class MemoryInjectionLayer(nn.Module, Injection):
     def attend(self, hop, x, pool, query, kept):
         """Every position for itself, among the episodes that are read. kept: what `read` found out about these.
 
-        Returns log-weights (R, T, H, r + 1) of the episodes and null, attention inside each (R, T, H, r, M), context (R, T, H, D).
+        Returns log-weights (R, T, H, r + 1) of the episodes and null, attention inside each (R, T, H, r, M + 1), the end last,
+        context (R, T, H, D).
         """
-        # 3. Which of them, or null?
+        # 4. Which of them, or null?
         weights = self.gnn.log_weights(self.heads(query), kept["keys"], kept["valid"], kept["count"], kept["evidence"])
-        # 4. Which tokens inside them?
-        inside = self.weigh_tokens(hop, x, pool, kept["token_keys"], kept["real"], kept.get("said"))
+        # 5. Which tokens inside them, or the end of what they have to say?
+        inside = self.weigh_tokens(hop, x, pool, kept.get("token_keys"), kept["real"], kept.get("said"))
         return weights, inside, self.gnn.pooled_context(weights, inside, kept["values"])
 
     def compare(self, hop, question, found, view, graph, best, keys):
@@ -494,17 +530,28 @@ class MemoryInjectionLayer(nn.Module, Injection):
         """How like each word of R questions is to the most similar word of each episode, and each word of an episode to the
         most similar one of the question: q (R, W, H, C), episodes (G, U) -> (R, H, W, U), (R, H, U, M), at least 0."""
         place, real = tokens.places(episodes)                                                              # (G, U, M)
-        keys = self.heads(tokens.keys_at(place, 1)) * real[..., None, None]
+        keys = self.heads(tokens.keys_at(place, self.match_by)) * real[..., None, None]
         q = q.unflatten(0, (len(episodes), -1)).to(keys.dtype)
         cosine = torch.einsum("gswhc,gumhc->gshwum", q, keys)
         return cosine.max(-1).values.clamp(min=0).flatten(0, 1).float(), cosine.max(3).values.clamp(min=0).flatten(0, 1).float()
 
+    def judge(self, told, real, keys, episodes):
+        """Evidence (R, H, r) for the episodes that are read, now that they have been read: told (R, r, M, dim) their tokens, of
+        which `real` (R, r, M) exist, keys (R, r, H, C), episodes (R, r) their places in time."""
+        length = real.sum(-1, keepdim=True).clamp(min=1)                                                   # (R, r, 1)
+        fits = self.fits(told).float().masked_fill(~real[..., None], -1e4).logsumexp(2) - length.log()     # (R, r, H)
+        if self.config.similar_edges:
+            whole = (told * real[..., None]).sum(2) / length
+            fits = fits + self.outdated(fits.mean(2), keys, whole, episodes)[..., None]
+        return fits.mT
+
     def weigh_tokens(self, hop, x, pool, keys, real, said):
-        """Attention over the tokens of each episode: (R, T, H, r, M). With read="episode" all tokens weigh the same.
+        """Attention over the tokens of each episode and its end: (R, T, H, r, M + 1). With read="episode" all tokens weigh the same.
 
         said (R, H, r, M): what the question says itself is hardly its answer; what stands near it may be.
         """
         if self.config.read == "episode":
+            real = F.pad(real[..., :-1], (0, 1))
             uniform = real / real.sum(-1, keepdim=True).clamp(min=1)
             return uniform[:, None, None].expand(-1, x.shape[1], self.config.heads, -1, -1)
         query = self.token_query_pool[hop](pool)
@@ -514,12 +561,12 @@ class MemoryInjectionLayer(nn.Module, Injection):
         if said is not None:
             around = F.pad(said, (NEAR, NEAR)).unfold(-1, 2 * NEAR + 1, 1)                                 # (R, H, r, M, 2 NEAR + 1)
             weight = self.said_weight[hop] * self.log_token_temperature.exp()[:, None]
-            scores = scores + torch.einsum("rhkmn,hn->rhkm", around, weight)[:, None].to(scores.dtype)
+            scores = scores + F.pad(torch.einsum("rhkmn,hn->rhkm", around, weight), (0, 1))[:, None].to(scores.dtype)
         return scores.masked_fill(~real[:, None, None], -1e4).softmax(-1)
 
     def inject(self, h, context, silent):
         """h + what was read, at the scale of each hidden state; `silent` (R, T) positions stay as they are."""
-        delta = torch.einsum("rthd,hde->rte", context, self.value_map)
+        delta = context.sum(2) @ self.value_map
         size = h.detach().float().pow(2).mean(-1, keepdim=True).sqrt()
         return h + (delta.float() * size).masked_fill(silent[..., None], 0.0).to(h.dtype)
 
@@ -821,7 +868,8 @@ class GemmaWithMemory(MemoryModel):
         super().__init__(gemma, tokenizer, config, base_name)
         if self.config.inject_after > len(gemma.layers):
             raise InputError(f"expected inject_after to be one of the base's {len(gemma.layers)} layers, got {self.config.inject_after}.")
-        self.injection = MemoryInjectionLayer(self.config, gemma.config.hidden_size, gemma.embed_tokens.weight).to(gemma.device)
+        end = tokenizer.encode("\n", bos=False)[0]
+        self.injection = MemoryInjectionLayer(self.config, gemma.config.hidden_size, gemma.embed_tokens.weight, end).to(gemma.device)
         self.memory_graph = EpisodeGraph(self.config, gemma.config.hidden_size, gemma.device)
 
     def train(self, mode=True):
@@ -902,7 +950,7 @@ class GemmaWithMemory(MemoryModel):
             return
         # keys and ids of each token and a node for each episode, twice while the new are joined to the old
         node = node_width(self.config, self.gemma.config.hidden_size)
-        needed = 2 * (tokens * (4 * self.config.heads * self.config.token_key_dim + 8) + episodes * 4 * node)
+        needed = 2 * (tokens * (2 * sum(key_widths(self.config)) + 8) + episodes * 4 * node)
         if needed > room:
             raise InputError(f"expected facts that fit into memory, got {episodes:,} that need {needed / 2 ** 30:,.1f} GB of "
                              f"{room / 2 ** 30:,.1f}; remember fewer at a time, in several memories.")

@@ -157,15 +157,17 @@ def copying_loss(batch, out, hops):
     """- log of the attention on those tokens of the right episodes that the answer goes on with, mean over heads: each has
     to be right, since the frozen layers above hear their sum and can't tell which of two words was meant.
 
-    Where none of them does, as at the answer's end, there is nothing to copy and nothing is counted.
+    After the answer's last word the right one is their end. Where there is none, nothing is counted.
     """
     reading, row, position = out["reading"], out["row"], out["position"]
     target = wanted(batch, hops - 1, hops, reading.asked[-1].shape[-1] - 1)
     right = target.gather(1, reading.chosen[-1])[row]                                          # (n, r)
     hit = (reading.token_ids[row] == out["targets"][:, None, None]) & right[..., None]         # (n, r, M)
     weights = reading.weights[-1][row, position][..., :-1].exp()                               # (n, H, r)
-    mass = (weights[..., None] * reading.token_weights[row, position].float() * hit[:, None]).flatten(2).sum(-1)   # (n, H)
-    can = hit.flatten(1).any(1)
+    ends = right & (out["targets"] == reading.end)[:, None]                                    # (n, r)
+    inside = (reading.token_weights[row, position].float() * hit[:, None]).sum(-1) + reading.end_weights[row, position].float() * ends[:, None]
+    mass = (weights * inside).sum(-1)                                                          # (n, H)
+    can = hit.flatten(1).any(1) | ends.any(1)
     return -((mass + 1e-6).log().mean(1) * can).sum() / can.sum().clamp(min=1)
 
 

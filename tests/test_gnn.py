@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from gnn import EDGE_FEATURES, NEXT, PREVIOUS, EpisodicMemoryGNN, GATLayer, SentenceAttention, SimilarityEdges, softmax_by_target, time_edges
+from gnn import EDGE_FEATURES, NEXT, PREVIOUS, EpisodicMemoryGNN, GATLayer, ReadingAttention, SentenceAttention, SimilarityEdges, softmax_by_target, time_edges
 
 N, E, D, C, H, EDGE_DIM = 12, 40, 7, 5, 3, 4
 
@@ -457,6 +457,27 @@ def test_sentence_attention_matches_a_loop():
             h = h + attention.down[layer](F.gelu(attention.up[layer](norm(h))))
         expected.append(norm(h))
     torch.testing.assert_close(attention(x, torch.tensor(lengths)), torch.cat(expected), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_reading_attention_is_sentence_attention_on_both():
+    """Catches words of the question that don't count but are heard, what was found put elsewhere, places that run on from the
+    question into the episode, and episodes of one question that hear each other."""
+    sentence = random_sentence_attention()
+    reading = ReadingAttention(5, 3, dim=8, layers=2, heads=2, reach=3)
+    reading.load_state_dict({name: t for name, t in sentence.state_dict().items() if not name.startswith("enter")}, strict=False)
+    question, found, told = torch.randn(2, 4, 5), torch.randn(2, 3), torch.randn(2, 3, 6, 8)
+    asks = torch.tensor([[True, True, True, True], [False, True, True, False]])
+    real = torch.arange(6) < torch.tensor([[6, 2, 1], [3, 6, 4]])[..., None]
+    for what in (None, found):
+        out = reading(question, asks, what, told, real)
+        for i in range(2):
+            for e in range(3):
+                h = torch.cat((reading.found(found[i:i + 1]), reading.ask(question[i]), told[i, e]))
+                counts = torch.cat((torch.tensor([what is not None]), asks[i], real[i, e]))
+                place = torch.cat((torch.tensor([-9]), torch.arange(4), 20 + torch.arange(6)))        # further apart than `reach`
+                expected = sentence.attend(h[counts][None], torch.ones(1, int(counts.sum()), dtype=torch.bool), place[counts])
+                torch.testing.assert_close(out[i, e, real[i, e]], expected[0, -int(real[i, e].sum()):], rtol=1e-4, atol=1e-5)
 
 
 def test_sentence_attention_hears_both_sides_and_no_other_sentence():

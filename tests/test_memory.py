@@ -118,7 +118,7 @@ def test_adding_one_by_one_is_adding_at_once(model):
 
 def test_nodes_and_token_keys_by_hand(full):
     """Catches a node of states or embeddings alone, <bos> in the mean, a token that hears the sentence before, and read and
-    match keys in each other's place."""
+    match keys and meanings in each other's place."""
     graph, layer, table = full.memory_graph, full.injection, full.gemma.embed_tokens.weight
     width = full.config.heads * full.config.token_key_dim
     unit = lambda key: F.normalize(key.unflatten(-1, (full.config.heads, -1)), dim=-1).flatten(-2)
@@ -134,7 +134,9 @@ def test_nodes_and_token_keys_by_hand(full):
         before = torch.cat((torch.zeros(1, x.shape[1]), x[:-1]))
         read, match = layer.token_key_own(x) + layer.token_key_before(before), layer.match_key(x)
         torch.testing.assert_close(graph.tokens.keys[at, :width].float(), unit(read), rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(graph.tokens.keys[at, width:].float(), unit(match), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(graph.tokens.keys[at, width:2 * width].float(), unit(match), rtol=1e-3, atol=1e-3)
+        meaning = layer.meaning(x)
+        torch.testing.assert_close(graph.tokens.keys[at, 2 * width:].float(), meaning / meaning.pow(2).mean(-1, keepdim=True).sqrt(), rtol=1e-3, atol=2e-3)
 
 
 # --------------------------------------------------------------------------------------------------------- forgetting
@@ -359,13 +361,14 @@ def test_no_word_counts_against_an_episode(full):
 
 @torch.no_grad()
 def test_reading_equals_the_slow_way(full):
-    """Catches a mistake in any of the four stages, in the second hop, or in the values: everything in loops over heads,
-    episodes, words and tokens."""
+    """Catches a mistake in any of the five stages, in the second hop, or in the values: everything in loops over heads,
+    episodes, words and tokens, but for the attention between question and episode, which test_gnn.py has in loops."""
     layer, gnn, graph, config, table = full.injection, full.injection.gnn, full.memory_graph, full.config, full.gemma.embed_tokens.weight
     similarity = layer.similarity
     layer.match_threshold.copy_(torch.tensor([0.5, 0.8]))
-    similarity.bias.fill_(0.0)
+    similarity.bias.fill_(0.0), layer.outdated.bias.fill_(0.0)
     layer.lookback.bias.fill_(2.0)
+    layer.understood_key.weight.mul_(5.0), layer.fits.weight.mul_(5.0)
     H, D, N, k, r = config.heads, full.gemma.config.hidden_size, len(graph), config.candidates, config.readable
     assert r < k < N and config.hops == 2
     x, question = random_question(full, 1)
@@ -423,35 +426,58 @@ def test_reading_equals_the_slow_way(full):
         among = lambda p, some: torch.stack([torch.tensor([score[p, i][n] + float(evidence[i, n]) for n in some] + [score[p, i][N]]).softmax(0)
                                              for i in range(H)])
         ranked = among(last, candidates)
-        torch.testing.assert_close(out.ranked[hop][0].exp(), ranked, rtol=1e-3, atol=1e-4)
         chosen = [candidates[c] for c in ranked.mean(0)[:k].topk(r).indices.tolist()]
         assert out.chosen[hop][0].tolist() == chosen
-        # 3. and 4. Every position weighs these, and the tokens inside them.
+        # 3. These side by side with the question: what their tokens are read by, and how well they fit.
+        told, fits = {}, torch.zeros(H, N)
+        for n in chosen:
+            meaning = torch.stack([unit(layer.meaning(f)) * config.reading_dim ** 0.5 for _, f, _ in tokens[n]])[None, None]
+            told[n] = layer.understand(x[asking][None], torch.ones(1, len(asking), dtype=torch.bool), found[None] if hop else None,
+                                       meaning, torch.ones(1, 1, meaning.shape[2], dtype=torch.bool))[0, 0]
+            fits[:, n] = layer.fits(told[n]).exp().mean(0).log()
+        before = evidence.clone()
+        for n in chosen:
+            silenced = 0.0
+            for j in chosen:
+                if j > n:
+                    alike = sum(all_keys[n, i] @ all_keys[j, i] for i in range(H)) / H
+                    replaces = (layer.outdated.fits * (fits.mean(0)[j] - fits.mean(0)[n]) + layer.outdated.alike * alike + layer.outdated.bias
+                                + layer.outdated.says(told[j].mean(0))[0] + layer.outdated.says(told[n].mean(0))[1])
+                    silenced += math.log(1 - torch.sigmoid(replaces))
+            evidence[:, n] = before[:, n] + fits[:, n] + silenced
+        torch.testing.assert_close(out.ranked[hop][0].exp(), among(last, candidates), rtol=1e-3, atol=1e-4)
+        # 4. and 5. Every position weighs these, and the tokens inside them.
         context = {p: torch.zeros(H, D) for p in (last, after)}
         for p in (last, after):
             shares = among(p, chosen)
-            torch.testing.assert_close(out.weights[hop][0, p].exp(), shares, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(out.weights[hop][0, p].exp(), shares, rtol=5e-3, atol=2e-3)
             for i in range(H):
                 asks = unit(head(layer.token_query_own, x[p], i) + head(layer.token_query_pool[hop], pool, i))
                 for c, n in enumerate(chosen):
-                    inside = torch.stack([asks @ unit(head(layer.token_key_own, f, i) + head(layer.token_key_before, b, i)) for _, f, b in tokens[n]])
+                    own = [unit(head(layer.token_key_own, f, i) + head(layer.token_key_before, b, i)) for _, f, b in tokens[n]]
+                    own = [unit(key + head(layer.understood_key, t, i)) for key, t in zip(own, told[n])]
+                    inside = torch.stack([asks @ key for key in own])
                     around = [0.0] * NEAR + said[i, n] + [0.0] * NEAR
                     heard = [sum(layer.said_weight[hop, i, d] * around[m + d] for d in range(2 * NEAR + 1)) for m in range(len(inside))]
-                    inside = ((inside + torch.stack(heard)) * layer.log_token_temperature[i].exp()).softmax(0)
-                    context[p][i] += shares[i, c] * sum(weight * value(token) for weight, (token, _, _) in zip(inside, tokens[n]))
+                    end = asks @ unit(layer.end_key[i])                     # behind the last token
+                    inside = (torch.cat((inside + torch.stack(heard), end[None])) * layer.log_token_temperature[i].exp()).softmax(0)
+                    values = [value(token) for token, _, _ in tokens[n]] + [value(layer.end)]
+                    context[p][i] += shares[i, c] * sum(weight * v for weight, v in zip(inside, values))
                     if hop == 1:
-                        M = len(inside)
-                        torch.testing.assert_close(out.token_weights[0, p, i, c, :M], inside, rtol=1e-3, atol=1e-4)
+                        M = len(inside) - 1
+                        torch.testing.assert_close(out.end_weights[0, p, i, c], inside[-1], rtol=5e-3, atol=2e-3)
+                        inside = inside[:-1]
+                        torch.testing.assert_close(out.token_weights[0, p, i, c, :M], inside, rtol=5e-3, atol=2e-3)
                         assert out.token_ids[0, c].tolist() == [t for t, _, _ in tokens[n]] + [-1] * (graph.tokens.longest - M)
         if hop == 0:
             added = {p: layer.hop_query[0](context[p].mean(0)).view(H, -1) for p in added}
             found = context[last].mean(0)
     for p in context:
-        torch.testing.assert_close(out.context[0, p], context[p], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(out.context[0, p], context[p], rtol=5e-3, atol=5e-3)
     h = torch.randn(1, 1, D)
-    delta = sum(context[after][i] @ layer.value_map[i] for i in range(H)) * h.pow(2).mean().sqrt()
+    delta = context[after].sum(0) @ layer.value_map * h.pow(2).mean().sqrt()
     added = layer.inject(h, out.context[:, after:after + 1], torch.tensor([[False]]))
-    torch.testing.assert_close(added[0, 0], h[0, 0] + delta, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(added[0, 0], h[0, 0] + delta, rtol=5e-3, atol=5e-3)
     assert torch.equal(layer.inject(h, out.context[:, :1], torch.tensor([[True]])), h)
 
 

@@ -288,19 +288,20 @@ def test_retrieval_loss_by_hand():
 
 
 def test_copying_loss_by_hand():
-    """Catches tokens of the wrong episode or padding that count, a mean where the sum over tokens belongs, an answer's end that
-    counts though nothing can be copied, and heads averaged before the logarithm, so that one may be wrong if another is right."""
+    """Catches tokens of the wrong episode or padding that count, a mean where the sum over tokens belongs, the end of another
+    episode, a token that counts though nothing can be copied, and heads averaged before the logarithm, so that one may be wrong if another is right."""
     # One row of a lookup of episode 2, and an unanswerable one; chosen are 0 and 2; two heads; two tokens in each, 7 twice in 2.
     batch = {name: value[[0, 2]] for name, value in ROWS.items()}
     weights = torch.stack((log([0.1, 0.2, 0.7], [0.3, 0.4, 0.3]), log([0.5, 0.25, 0.25], [0.2, 0.6, 0.2])))           # (T, H, r + 1)
     inside = torch.tensor([[[[0.5, 0.5], [0.1, 0.9]], [[0.4, 0.6], [0.2, 0.8]]], [[[1.0, 0.0], [0.3, 0.7]], [[0.1, 0.9], [0.6, 0.4]]]])   # (T, H, r, M)
     reading = Reading(None, [torch.zeros(2, 2, 4)], None, None, [torch.tensor([[0, 2], [0, 2]])], [torch.stack((weights, weights))],
-                      torch.tensor([[[7, -1], [7, 8]]] * 2), torch.stack((inside, inside)))
+                      torch.tensor([[[7, -1], [7, 8]]] * 2), torch.stack((inside, inside)), torch.tensor([[[[0.3, 0.8], [0.6, 0.5]]] * 2] * 2), 5)
     out = lambda *targets: dict(reading=reading, row=torch.tensor([0] * len(targets)), position=torch.tensor([0, 1, 1])[:len(targets)], targets=torch.tensor(targets))
     loss = lambda *targets: train.copying_loss(batch, out(*targets), 1).item()
     first, second = math.sqrt(0.2 * 0.1 * 0.4 * 0.2), math.sqrt(0.25 * 0.7 * 0.6 * 0.4)      # 7 by the first position, 8 by the second
     assert loss(7) == pytest.approx(-math.log(first), rel=1e-4)
     assert loss(7, 8, 9) == pytest.approx(-math.log(first * second) / 2, rel=1e-4)
+    assert loss(5) == pytest.approx(-math.log(0.2 * 0.8 * 0.4 * 0.5) / 2, rel=1e-4)           # the end of episode 2
     reading.token_ids[0, 1] = 8
     assert loss(8) == pytest.approx(-math.log(0.2 * 0.4) / 2, rel=1e-4) and loss(7) == loss(9, 9) == 0
 
