@@ -3,7 +3,7 @@
 difficulty: medium · importance: high · minutes: 25 · needs: nothing
 
 What the memory read is added to the residual stream, halfway up the frozen model.
- 1. each of H heads read one vector (D); its own map (D, D) is applied as context @ map, and the heads' results are summed
+ 1. each of H heads read one vector (D); they are summed, and one map (D, D) is applied as sum @ value_map
  2. hidden states are large and differ in size: the sum is multiplied by the root mean square of the hidden state it goes to.
     This size is a mere number: no gradient passes through it (detach)
  3. it is added to h, and the result has the dtype of h. Where `silent` is True, h stays as it is, to the bit
@@ -12,7 +12,7 @@ What the memory read is added to the residual stream, halfway up the frozen mode
 import torch
 
 
-def slow_inject(h, context, maps, silent):
+def slow_inject(h, context, value_map, silent):
     """The specification, in loops: one batch row."""
     result = h.clone()
     for b in range(h.shape[0]):
@@ -22,15 +22,15 @@ def slow_inject(h, context, maps, silent):
             D = h.shape[2]
             size = (sum(float(v) ** 2 for v in h[b, t]) / D) ** 0.5
             for e in range(D):
-                total = sum(float(context[b, t, i, d]) * float(maps[i, d, e]) for i in range(maps.shape[0]) for d in range(D))
+                total = sum(float(context[b, t, i, d]) * float(value_map[d, e]) for i in range(context.shape[2]) for d in range(D))
                 result[b, t, e] = float(h[b, t, e]) + total * size
     return result
 
 
-def inject(h, context, maps, silent):
-    """h (B, T, D), context (B, T, H, D), maps (H, D, D), silent (B, T) bool -> (B, T, D). No loops."""
+def inject(h, context, value_map, silent):
+    """h (B, T, D), context (B, T, H, D), value_map (D, D), silent (B, T) bool -> (B, T, D). No loops."""
     # solution:
-    added = torch.einsum("bthd,hde->bte", context.float(), maps.float())
+    added = context.float().sum(2) @ value_map.float()
     size = h.detach().float().pow(2).mean(-1, keepdim=True).sqrt()
     added = (added * size).masked_fill(silent[..., None], 0.0)
     return (h.float() + added).to(h.dtype)
@@ -40,13 +40,13 @@ def inject(h, context, maps, silent):
 # ---- below: not in the learner's file
 
 SLOW = {"inject": "slow_inject"}
-HINTS = ["torch.einsum names dimensions by letters; those that are missing on the right of -> are summed over.",
+HINTS = ["The heads are a dimension of `context`: sum over it, then one matrix product does all positions at once.",
          "size = h.detach().float().pow(2).mean(-1, keepdim=True).sqrt(). masked_fill with silent[..., None] mutes positions.",
-         "added = einsum('bthd,hde->bte', context, maps) * size; h + added.masked_fill(silent[..., None], 0), back to the dtype of h."]
+         "added = context.sum(2) @ value_map * size; h + added.masked_fill(silent[..., None], 0), back to the dtype of h."]
 MISTAKES = [
-    ("the maps applied transposed", '"bthd,hde->bte"', '"bthe,hde->btd"'),
-    ("one map for all heads", "maps.float())", "maps[:1].float().expand_as(maps))"),
-    ("the mean over the heads, not their sum", "added = (added * size)", "added = (added / maps.shape[0] * size)"),
+    ("the map applied transposed", "@ value_map.float()", "@ value_map.float().T"),
+    ("the first head alone", "context.float().sum(2)", "context.float()[:, :, 0]"),
+    ("the mean over the heads, not their sum", "added = (added * size)", "added = (added / context.shape[2] * size)"),
     ("not multiplied by the size of the hidden state", "(added * size)", "added"),
     ("silent the wrong way round", "silent[..., None]", "~silent[..., None]"),
     ("silent not heeded", "(added * size).masked_fill(silent[..., None], 0.0)", "added * size"),
@@ -60,13 +60,13 @@ MISTAKES = [
 
 def check(t):
     torch.manual_seed(1)
-    h, context, maps = torch.randn(2, 3, 6) * 20, torch.randn(2, 3, 2, 6), torch.randn(2, 6, 6) * 0.1
+    h, context, value_map = torch.randn(2, 3, 6) * 20, torch.randn(2, 3, 2, 6), torch.randn(6, 6) * 0.1
     silent = torch.tensor([[False, True, False], [False, False, True]])
     call = lambda m, *inputs: m.inject(*inputs)
-    t.equal("2 heads, two of six positions silent", call, h, context, maps, silent, tolerance=1e-4)
-    t.equal("bfloat16", call, h.bfloat16(), context, maps, silent, tolerance=1e-2)
-    t.gradient("gradient", call, h, context, maps, silent, tolerance=1e-3)
-    t.fast("4 rows of 100 tokens", call, torch.randn(4, 100, 64), torch.randn(4, 100, 4, 64), torch.randn(4, 64, 64), torch.zeros(4, 100, dtype=torch.bool),
+    t.equal("2 heads, two of six positions silent", call, h, context, value_map, silent, tolerance=1e-4)
+    t.equal("bfloat16", call, h.bfloat16(), context, value_map, silent, tolerance=1e-2)
+    t.gradient("gradient", call, h, context, value_map, silent, tolerance=1e-3)
+    t.fast("4 rows of 100 tokens", call, torch.randn(4, 100, 64), torch.randn(4, 100, 4, 64), torch.randn(64, 64), torch.zeros(4, 100, dtype=torch.bool),
            because="work on all positions at once, without a Python loop.")
 
 
