@@ -382,7 +382,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         config, rows = self.config, torch.arange(R, device=x.device)
         graph = rows // (R // G)
         count = view.valid.sum(1)
-        spare = 0 if memo is None else -view.tokens.longest % 16           # what is kept differs less in shape: see gemma.Decoder
+        spare = 0 if memo is None else -view.tokens.longest % 32           # what is kept differs less in shape: see gemma.Decoder
         last = question.last() if T > 1 else torch.zeros_like(rows)
         pool = question.pool()
         query = self.queries(x, pool)
