@@ -385,7 +385,8 @@ class MemoryInjectionLayer(nn.Module, Injection):
         spare = 0 if memo is None else -view.tokens.longest % 32           # what is kept differs less in shape: see gemma.Decoder
         last = question.last() if T > 1 else torch.zeros_like(rows)
         pool = question.pool()
-        query = self.queries(x, pool)
+        of_all = self.query_pool(pool)                                     # what the question as a whole asks
+        query = self.queries(x, of_all)
         reading, found, kept = Reading(None, [], [], [], [], [], None, None), None, []
         for hop in range(config.hops):
             # 1. Which episodes? The last position of the question asks all, and keeps the best k.
@@ -405,9 +406,11 @@ class MemoryInjectionLayer(nn.Module, Injection):
             kept.append(dict(keys=keys[rows[:, None], top], valid=valid.gather(1, top), count=count[graph], real=real,
                              evidence=evidence.gather(2, top[:, None].expand(-1, config.heads, -1)),
                              token_keys=self.heads(view.tokens.keys_at(place, 0)), values=self.values(ids).flatten(1, 2)))
+            if config.read == "token":
+                kept[-1]["of_all"] = self.token_query_pool[hop](pool)
             if hasattr(self, "said_weight"):
                 kept[-1]["said"] = F.pad(said_of(chosen), (0, spare))                                      # (R, H, r, M)
-            weights, inside, reading.context = self.attend(hop, x, pool, query, kept[-1])
+            weights, inside, reading.context = self.attend(hop, x, query, kept[-1])
             for shown, new in zip((reading.asked, reading.candidates, reading.ranked, reading.chosen, reading.weights),
                                   (asked, best, ranked, chosen, weights)):
                 shown.append(new)
@@ -417,24 +420,23 @@ class MemoryInjectionLayer(nn.Module, Injection):
                 query = query + self.hop_query[hop](found)
         reading.token_ids, reading.token_weights = ids.masked_fill(~real, -1), inside
         if memo is not None:
-            memo.update({name: torch.stack([of[name] for of in kept]) for name in kept[0]}, pool=pool)
+            memo.update({name: torch.stack([of[name] for of in kept]) for name in kept[0]}, query=of_all)
         return reading
 
     def read_on(self, x, memo):
         """What later positions read, x (R, T, F), of the episodes that the question chose: context (R, T, H, D)."""
-        query = self.queries(x, memo["pool"])
+        query = self.queries(x, memo["query"])
         for hop in range(self.config.hops):
-            kept = {name: tensor[hop] for name, tensor in memo.items() if name != "pool"}
-            context = self.attend(hop, x, memo["pool"], query, kept)[-1]
+            kept = {name: tensor[hop] for name, tensor in memo.items() if name != "query"}
+            context = self.attend(hop, x, query, kept)[-1]
             query = query + self.hop_query[hop](context.mean(2)) if hop + 1 < self.config.hops else query
         return context
 
-    def queries(self, x, pool):
-        """What positions x (R, T, F) ask with: their own part and that of the question as a whole, pool (R, 1, F)."""
-        query = self.query_pool(pool)
-        return query + self.query_own(x) if self.config.query == "token" else query.expand(*x.shape[:2], -1)   # (R, T, H * C)
+    def queries(self, x, of_all):
+        """What positions x (R, T, F) ask with: their own part and that of the question as a whole, of_all (R, 1, H * C)."""
+        return of_all + self.query_own(x) if self.config.query == "token" else of_all.expand(*x.shape[:2], -1)   # (R, T, H * C)
 
-    def attend(self, hop, x, pool, query, kept):
+    def attend(self, hop, x, query, kept):
         """Every position for itself, among the episodes that are read. kept: what `read` found out about these.
 
         Returns log-weights (R, T, H, r + 1) of the episodes and null, attention inside each (R, T, H, r, M), context (R, T, H, D).
@@ -442,7 +444,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         # 3. Which of them, or null?
         weights = self.gnn.log_weights(self.heads(query), kept["keys"], kept["valid"], kept["count"], kept["evidence"])
         # 4. Which tokens inside them?
-        inside = self.weigh_tokens(hop, x, pool, kept["token_keys"], kept["real"], kept.get("said"))
+        inside = self.weigh_tokens(hop, x, kept.get("of_all"), kept["token_keys"], kept["real"], kept.get("said"))
         return weights, inside, self.gnn.pooled_context(weights, inside, kept["values"])
 
     def compare(self, hop, question, found, view, graph, best, keys):
@@ -499,7 +501,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         cosine = torch.einsum("gswhc,gumhc->gshwum", q, keys)
         return cosine.max(-1).values.clamp(min=0).flatten(0, 1).float(), cosine.max(3).values.clamp(min=0).flatten(0, 1).float()
 
-    def weigh_tokens(self, hop, x, pool, keys, real, said):
+    def weigh_tokens(self, hop, x, of_all, keys, real, said):
         """Attention over the tokens of each episode: (R, T, H, r, M). With read="episode" all tokens weigh the same.
 
         said (R, H, r, M): what the question says itself is hardly its answer; what stands near it may be.
@@ -507,8 +509,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         if self.config.read == "episode":
             uniform = real / real.sum(-1, keepdim=True).clamp(min=1)
             return uniform[:, None, None].expand(-1, x.shape[1], self.config.heads, -1, -1)
-        query = self.token_query_pool[hop](pool)
-        query = query + self.token_query_own(x) if self.config.query == "token" else query.expand(*x.shape[:2], -1)
+        query = of_all + self.token_query_own(x) if self.config.query == "token" else of_all.expand(*x.shape[:2], -1)
         query = F.normalize(self.heads(query), dim=-1) * self.log_token_temperature.exp()[:, None]
         scores = torch.einsum("rthc,rkmhc->rthkm", query.to(keys.dtype), keys)
         if said is not None:
