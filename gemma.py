@@ -329,10 +329,10 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if slots is not None:
             k, v = slots.write(places.slots, k, v)                                     # (B, K, L, C)
-        # Heads that share keys ask as if they were more tokens, H / K * T of them: no key is repeated for each head.
-        share = self.heads // self.kv_heads
-        out = F.scaled_dot_product_attention(q.reshape(B, self.kv_heads, share * T, -1), k, v, scale=self.scale,
-                                             attn_mask=places.visible[self.layer_type].repeat(1, 1, share, 1))
+        # Each head of keys becomes a row of its own, and the H / K heads that ask it are given a view: no key is copied.
+        share, visible = self.heads // self.kv_heads, places.visible[self.layer_type].expand(-1, self.kv_heads, -1, -1)
+        own = lambda t: t.reshape(B * self.kv_heads, -1, *t.shape[2:]).expand(-1, share, -1, -1)       # (B * K, H / K, …, C)
+        out = F.scaled_dot_product_attention(own(q), own(k), own(v), attn_mask=own(visible), scale=self.scale)
         return self.o_proj(out.reshape(B, self.heads, T, -1).transpose(1, 2).reshape(B, T, -1))
 
 
@@ -673,10 +673,12 @@ class Decoder:
 
 
 def arriving(tokens):
-    """Copies of tokens on the CPU. A GPU is given the next step before the last one's token is waited for, so it never idles."""
-    waiting = None
+    """Copies of tokens on the CPU. A GPU is given the next step before the last one's token is waited for, so it never idles;
+    but the first token, for which somebody waits, is handed on at once."""
+    first, waiting = True, None
     for token in tokens:
-        if not token.is_cuda:
+        if first or not token.is_cuda:
+            first = False
             yield token.cpu()
             continue
         copy, event = token.to("cpu", non_blocking=True), torch.cuda.Event()

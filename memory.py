@@ -406,10 +406,11 @@ class MemoryInjectionLayer(nn.Module, Injection):
         config, rows = self.config, torch.arange(R, device=x.device)
         graph = rows // (R // G)
         count = view.valid.sum(1)
-        spare = 0 if memo is None else -view.tokens.longest % 16           # what is kept differs less in shape: see gemma.Decoder
+        spare = 0 if memo is None else -(view.tokens.longest + 1) % 32         # what is kept differs less in shape: see gemma.Decoder
         last = question.last() if T > 1 else torch.zeros_like(rows)
         pool = question.pool()
-        query = self.queries(x, pool)
+        of_all = self.query_pool(pool)                                     # what the question as a whole asks
+        query = self.queries(x, of_all)
         reading, found, kept = Reading(None, [], [], [], [], [], None, None, None, self.end), None, []
         for hop in range(config.hops):
             # 1. Which episodes? The last position of the question asks all, and keeps the best k.
@@ -439,10 +440,10 @@ class MemoryInjectionLayer(nn.Module, Injection):
                              evidence=evidence.gather(2, each), values=self.values(F.pad(ids, (0, 1), value=self.end)).flatten(1, 2)))
             if config.read == "token":
                 end = F.normalize(self.end_key, dim=-1).to(token_keys.dtype).expand(*token_keys.shape[:2], 1, -1, -1)
-                kept[-1]["token_keys"] = torch.cat((token_keys, end), 2)                                   # (R, r, M + 1, H, C)
+                kept[-1].update(of_all=self.token_query_pool[hop](pool), token_keys=torch.cat((token_keys, end), 2))   # (R, r, M + 1, H, C)
             if hasattr(self, "said_weight"):
                 kept[-1]["said"] = F.pad(said_of(chosen), (0, spare))                                      # (R, H, r, M)
-            weights, inside, reading.context = self.attend(hop, x, pool, query, kept[-1])
+            weights, inside, reading.context = self.attend(hop, x, query, kept[-1])
             for shown, new in zip((reading.asked, reading.candidates, reading.ranked, reading.chosen, reading.weights),
                                   (asked, best, ranked, chosen, weights)):
                 shown.append(new)
@@ -452,24 +453,23 @@ class MemoryInjectionLayer(nn.Module, Injection):
                 query = query + self.hop_query[hop](found)
         reading.token_ids, reading.token_weights, reading.end_weights = ids.masked_fill(~real, -1), inside[..., :-1], inside[..., -1]
         if memo is not None:
-            memo.update({name: torch.stack([of[name] for of in kept]) for name in kept[0]}, pool=pool)
+            memo.update({name: torch.stack([of[name] for of in kept]) for name in kept[0]}, query=of_all)
         return reading
 
     def read_on(self, x, memo):
         """What later positions read, x (R, T, F), of the episodes that the question chose: context (R, T, H, D)."""
-        query = self.queries(x, memo["pool"])
+        query = self.queries(x, memo["query"])
         for hop in range(self.config.hops):
-            kept = {name: tensor[hop] for name, tensor in memo.items() if name != "pool"}
-            context = self.attend(hop, x, memo["pool"], query, kept)[-1]
+            kept = {name: tensor[hop] for name, tensor in memo.items() if name != "query"}
+            context = self.attend(hop, x, query, kept)[-1]
             query = query + self.hop_query[hop](context.mean(2)) if hop + 1 < self.config.hops else query
         return context
 
-    def queries(self, x, pool):
-        """What positions x (R, T, F) ask with: their own part and that of the question as a whole, pool (R, 1, F)."""
-        query = self.query_pool(pool)
-        return query + self.query_own(x) if self.config.query == "token" else query.expand(*x.shape[:2], -1)   # (R, T, H * C)
+    def queries(self, x, of_all):
+        """What positions x (R, T, F) ask with: their own part and that of the question as a whole, of_all (R, 1, H * C)."""
+        return of_all + self.query_own(x) if self.config.query == "token" else of_all.expand(*x.shape[:2], -1)   # (R, T, H * C)
 
-    def attend(self, hop, x, pool, query, kept):
+    def attend(self, hop, x, query, kept):
         """Every position for itself, among the episodes that are read. kept: what `read` found out about these.
 
         Returns log-weights (R, T, H, r + 1) of the episodes and null, attention inside each (R, T, H, r, M + 1), the end last,
@@ -478,7 +478,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         # 4. Which of them, or null?
         weights = self.gnn.log_weights(self.heads(query), kept["keys"], kept["valid"], kept["count"], kept["evidence"])
         # 5. Which tokens inside them, or the end of what they have to say?
-        inside = self.weigh_tokens(hop, x, pool, kept.get("token_keys"), kept["real"], kept.get("said"))
+        inside = self.weigh_tokens(hop, x, kept.get("of_all"), kept.get("token_keys"), kept["real"], kept.get("said"))
         return weights, inside, self.gnn.pooled_context(weights, inside, kept["values"])
 
     def compare(self, hop, question, found, view, graph, best, keys):
@@ -545,7 +545,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
             fits = fits + self.outdated(fits.mean(2), keys, whole, episodes)[..., None]
         return fits.mT
 
-    def weigh_tokens(self, hop, x, pool, keys, real, said):
+    def weigh_tokens(self, hop, x, of_all, keys, real, said):
         """Attention over the tokens of each episode and its end: (R, T, H, r, M + 1). With read="episode" all tokens weigh the same.
 
         said (R, H, r, M): what the question says itself is hardly its answer; what stands near it may be.
@@ -554,8 +554,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
             real = F.pad(real[..., :-1], (0, 1))
             uniform = real / real.sum(-1, keepdim=True).clamp(min=1)
             return uniform[:, None, None].expand(-1, x.shape[1], self.config.heads, -1, -1)
-        query = self.token_query_pool[hop](pool)
-        query = query + self.token_query_own(x) if self.config.query == "token" else query.expand(*x.shape[:2], -1)
+        query = of_all + self.token_query_own(x) if self.config.query == "token" else of_all.expand(*x.shape[:2], -1)
         query = F.normalize(self.heads(query), dim=-1) * self.log_token_temperature.exp()[:, None]
         scores = torch.einsum("rthc,rkmhc->rthkm", query.to(keys.dtype), keys)
         if said is not None:

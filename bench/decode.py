@@ -16,7 +16,7 @@ import time
 import torch
 
 from bench.common import Parser, percent, run, table
-from bench.timing import SHAPES, copy_bandwidth, finish, in_turn, model_of, transformers_of
+from bench.timing import SHAPES, copy_bandwidth, finish, in_turn, model_of, save, transformers_of
 from data_gen import World
 from gemma import InputError, check_device
 
@@ -29,22 +29,21 @@ def facts_of(n):
     return facts[:n]
 
 
-def ours(model, ids, n, **options):
-    """A run of the bare base: n greedy tokens after ids."""
-    return lambda: model.gemma.generate(ids, n, stop=(), **options)
+def ours(stream, ids, n, **options):
+    """A run of ours: n greedy tokens after ids, and seconds for one more of them, once the first quarter has arrived."""
+    def work():
+        tokens, arrived = [], []
+        for token in stream(ids, max_new_tokens=n, stop=(), **options):
+            tokens.append(token), arrived.append(time.perf_counter())
+        return torch.stack(tokens, 1), (arrived[-1] - arrived[n // 4]) / (n - 1 - n // 4) if n > 3 else None
+    return work
 
 
 def theirs(peer, ids, n, **options):
-    """The same with transformers' generate."""
+    """The same with transformers' generate, which doesn't say when a token arrives."""
     peer.generation_config.eos_token_id = None
-    return lambda: peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False,
-                                 top_k=None, top_p=None, pad_token_id=0, **options)
-
-
-def pace(tokens, n):
-    """Seconds for one more token, once the first quarter of n tokens has arrived."""
-    arrived = [time.perf_counter() for _ in tokens]
-    return (arrived[-1] - arrived[n // 4]) / (n - 1 - n // 4)
+    return lambda: (peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False,
+                                  top_k=None, top_p=None, pad_token_id=0, **options)[:, ids.shape[1]:].cpu(), None)
 
 
 def same(a, b):
@@ -53,33 +52,38 @@ def same(a, b):
     return alike.mean().item()
 
 
-def decoding(model, peer, args):
-    """Seconds for each of the ways to make args.tokens tokens, and for one more token of ours; which tokens are the same."""
-    gemma, n, device = model.gemma, args.tokens, args.device
-    question = "Where does Maria live?"
-    ids = torch.tensor([model.prompt(question)], device=device)
-    remember = lambda count: (model.clear_memory(), model.add_to_memory(facts_of(count)))
-    remember(args.facts)
-    with_memory = lambda tokens, **options: lambda: model.generate(ids, tokens, stop=(), **options)
-    ways = {"ours, eager": ours(model, ids, n), "ours, eager, with memory": with_memory(n)}
+def decoding(model, peer, args, done):
+    """Seconds for each of the ways to make args.tokens tokens, and for one more token of ours; which tokens are the same as eager's.
+
+    Calls done(these, as a part of the result) whenever more is known."""
+    n, ids = args.tokens, torch.tensor([model.prompt("Where does Maria live?")], device=args.device)
+    model.clear_memory(), model.add_to_memory(facts_of(args.facts))
+    ways = {"ours, eager": ours(model.gemma.stream, ids, n), "ours, eager, with memory": ours(model.stream, ids, n)}
     if peer is not None:
         ways["transformers, eager"] = theirs(peer, ids, n)
     if not args.no_compile:
-        ways["ours, compiled"] = ours(model, ids, n, compile=True)
-        ways["ours, compiled, with memory"] = with_memory(n, compile=True)
+        ways["ours, compiled"] = ours(model.gemma.stream, ids, n, compile=True)
+        ways["ours, compiled, with memory"] = ours(model.stream, ids, n, compile=True)
         if peer is not None:
             ways["transformers, static cache, compiled"] = theirs(peer, ids, n, cache_implementation="static")
-    runs = in_turn(ways, args.rounds, device)
-    if not args.no_compile and not gemma.compiles:
-        runs = {name: r for name, r in runs.items() if not name.startswith("ours, compiled")}
-    for name in (name for name in runs if name.startswith("ours")):
-        stream = model.stream if "memory" in name else model.gemma.stream
-        runs[name]["per_token"] = statistics.median(pace(stream(ids, max_new_tokens=n, stop=(), compile="compiled" in name), n) for _ in range(args.rounds))
-    plain = ways["ours, eager"]()
-    alike = {name: same(ways[name]()[:, ids.shape[1]:].cpu(), plain[:, ids.shape[1]:].cpu()) for name in runs if "memory" not in name}
-    if "ours, compiled, with memory" in runs:
-        alike["ours, compiled, with memory"] = same(with_memory(n, compile=True)()[:, ids.shape[1]:].cpu(), with_memory(n)()[:, ids.shape[1]:].cpu())
-    return runs, alike
+    made, paces = {}, {name: [] for name in ways}
+
+    def kept(name):
+        made[name], pace = ways[name]()
+        paces[name].append(pace)
+
+    def known(runs):
+        part = dict(decoding={}, alike={})
+        for name, run in runs.items():
+            if name.startswith("ours, compiled") and not model.gemma.compiles:
+                run = dict(failed="it can't be compiled here: see the note on standard error")
+            later = [pace for pace in paces[name][1:] if pace]
+            part["decoding"][name] = dict(run, per_token=statistics.median(later)) if later and "failed" not in run else run
+            if "failed" not in run:
+                part["alike"][name] = same(made[name], made["ours, eager, with memory" if "memory" in name else "ours, eager"])
+        done(part)
+
+    in_turn({name: lambda name=name: kept(name) for name in ways}, args.rounds, args.device, known, forgiving=True)
 
 
 def first_token(model, peer, args):
@@ -92,12 +96,12 @@ def first_token(model, peer, args):
     model.add_to_memory(facts)
     ids, long = torch.tensor([question], device=args.device), torch.tensor([in_prompt()], device=args.device)
     first = lambda **options: lambda: next(model.stream(ids, max_new_tokens=args.tokens, **options))
-    ways = {"memory, eager": first(), "prompt, ours": ours(model, long, 1)}
+    ways = {"memory, eager": first(), "prompt, ours": ours(model.gemma.stream, long, 1)}
     if not args.no_compile and model.gemma.compiles:
         ways["memory, compiled"] = first(compile=True)
     if peer is not None:
         ways["prompt, transformers"] = theirs(peer, long, 1)
-    return dict(first=in_turn(ways, args.rounds, args.device), prompt_tokens=long.shape[1], in_prompt=len(facts))
+    return dict(first=in_turn(ways, args.rounds, args.device, forgiving=True), prompt_tokens=long.shape[1], in_prompt=len(facts))
 
 
 def many(model, args):
@@ -109,13 +113,16 @@ def many(model, args):
     options = dict(compile=not args.no_compile and model.gemma.compiles, stop=())
     ways = {"batch": lambda: model.generate(ids, n, attention_mask=mask, **options),
             "one by one": lambda: [model.generate(ids[i:i + 1], n, attention_mask=mask[i:i + 1], **options) for i in range(few)]}
-    runs = in_turn(ways, args.rounds, args.device)
+    runs = in_turn(ways, args.rounds, args.device, forgiving=True)
+    if failed := [r["failed"] for r in runs.values() if "failed" in r]:
+        return dict(failed=failed[0])
     return dict(batch=runs["batch"]["seconds"], one_by_one=runs["one by one"]["seconds"] * args.questions / few, questions=args.questions, **options)
 
 
 def report(result):
     """The tables of a result, as Markdown."""
-    runs, limit = result["decoding"], result["bytes_per_token"] / result["bandwidth"]
+    found, limit = result["decoding"], result["bytes_per_token"] / result["bandwidth"]
+    runs = {name: r for name, r in found.items() if "failed" not in r}
     peer = {kind: runs[name]["seconds"] for kind, name in (("eager", "transformers, eager"), ("compiled", "transformers, static cache, compiled")) if name in runs}
     rows = []
     for name, r in runs.items():
@@ -128,12 +135,14 @@ def report(result):
             table(["way", "ms a token", "one more token, ms", "share of bandwidth, %", "against transformers eager", "against theirs compiled",
                    "to compile, s", "same tokens, %"], rows))
     if "first" in result:
+        found = {**found, **result["first"]}
         text += "\n\n" + table([f"first token, {result['in_prompt']:,} facts ({result['prompt_tokens']:,} tokens in the prompt)", "ms"],
-                               [[name, f"{1000 * r['seconds']:.1f}"] for name, r in result["first"].items()])
-    if "many" in result:
-        m = result["many"]
+                               [[name, f"{1000 * r['seconds']:.1f}"] for name, r in result["first"].items() if "failed" not in r])
+    m = result.get("many", {})
+    found = dict(found, **{"many questions": m} if "failed" in m else {})
+    if "batch" in m:
         text += f"\n\n{m['questions']} questions in one batch {m['batch']:.2f} s, one by one {m['one_by_one']:.2f} s: {m['one_by_one'] / m['batch']:.1f} ×"
-    return text
+    return text + "".join(f"\n\n{name} failed: {r['failed']}." for name, r in found.items() if "failed" in r)
 
 
 def main(arguments=None):
@@ -164,12 +173,17 @@ def main(arguments=None):
     result = dict(model=f"{args.model}, random weights" if args.model in SHAPES else args.model, dtype=str(dtype).split(".")[1], tokens=args.tokens,
                   facts=args.facts, rounds=args.rounds, threads=torch.get_num_threads(), bandwidth=copy_bandwidth(args.device, 2 ** 24 if args.quick else 2 ** 30),
                   bytes_per_token=sum(p.nbytes for p in model.gemma.parameters()))
+
+    def done(part):
+        result.update(part)
+        save(result, args.out, given, "decode", args.device)
+
     with torch.no_grad():
-        result["decoding"], result["alike"] = decoding(model, peer, args)
+        decoding(model, peer, args, done)
         if args.in_prompt:
-            result.update(first_token(model, peer, args))
+            done(first_token(model, peer, args))
         if args.questions:
-            result["many"] = many(model, args)
+            done(dict(many=many(model, args)))
     result = finish(result, args.out, given, "decode", args.device)
     print(report(result))
     return result

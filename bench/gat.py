@@ -9,7 +9,7 @@ import sys
 import torch
 
 from bench.common import Parser, run, table
-from bench.timing import finish, in_turn
+from bench.timing import finish, in_turn, save
 from gemma import InputError, check_device
 from gnn import GATLayer
 
@@ -85,9 +85,11 @@ def main(arguments=None):
     if min(sizes) < 1 or min(args.width, args.heads, args.head_width, args.rounds, args.repeat) < 1:
         raise InputError("expected --edges, --width, --heads, --head-width, --rounds and --repeat of at least 1.")
     args.device = check_device(args.device)
-    rows = [measure(E, args) for E in sizes]
-    result = finish(dict(width=args.width, heads=args.heads, head_width=args.head_width, rounds=args.rounds, threads=torch.get_num_threads(), rows=rows),
-                    args.out, given, "gat", args.device)
+    result = dict(width=args.width, heads=args.heads, head_width=args.head_width, rounds=args.rounds, threads=torch.get_num_threads(), rows=[])
+    for E in sizes:
+        result["rows"].append(measure(E, args))
+        save(result, args.out, given, "gat", args.device)
+    result = finish(result, args.out, given, "gat", args.device)
     print(report(result))
     return result
 

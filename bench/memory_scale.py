@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from bench.common import Parser, run, table
-from bench.timing import SHAPES, finish, in_turn, model_of, seconds, wait
+from bench.timing import SHAPES, finish, in_turn, model_of, save, seconds, wait
 from extras import episode_cache
 from gemma import InputError, check_device
 from memory import GemmaWithMemory
@@ -34,8 +34,11 @@ def facts(n, first=0):
 
 def fill(model, n):
     """Add facts until the model has n. Returns seconds for these."""
-    return sum(seconds(lambda: model.add_to_memory(facts(min(CHUNK, n - start), start)), model.gemma.device)
-               for start in tqdm(range(len(model.memory_graph), n, CHUNK), desc=f"{n:,} facts", file=sys.stderr, leave=False, delay=2))
+    spent = 0.0
+    for start in tqdm(range(len(model.memory_graph), n, CHUNK), desc=f"{n:,} facts", file=sys.stderr, leave=False, delay=2):
+        some = facts(min(CHUNK, n - start), start)
+        spent += seconds(lambda: model.add_to_memory(some), model.gemma.device)
+    return spent
 
 
 def bytes_of(graph):
@@ -134,6 +137,7 @@ def main(arguments=None):
     with torch.no_grad():
         for n in sizes:
             result["rows"].append(measure(n, model, small, ids, args))
+            save(result, args.out, given, "memory_scale", args.device)
     result = finish(result, args.out, given, "memory_scale", args.device)
     print(report(result))
     return result

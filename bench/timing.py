@@ -35,18 +35,37 @@ def seconds(work, device):
     return time.perf_counter() - start
 
 
-def in_turn(contenders, rounds, device):
-    """Run each of {name: function} once for its start (compiling above all), then all of them in turn, `rounds` times.
+def in_turn(contenders, rounds, device, done=lambda runs: None, forgiving=False):
+    """Run each of {name: function} for its start (compiling above all) and once more, then all of them in turn, `rounds` times.
 
-    Returns {name: {"start": seconds of the first run, "seconds": median of the later ones, "all": [...]}}.
+    Returns {name: {"start": seconds of the first run, "seconds": median of the later ones, "all": [...]}}; with `forgiving`,
+    {"failed": why} of one that can't run here, a peer that doesn't compile say. done: what to do with the results so far, so that
+    a bench that is stopped keeps what it measured.
     """
     runs = {}
-    for name, work in tqdm(contenders.items(), desc="starting", file=sys.stderr, leave=False, delay=2):
-        runs[name] = dict(start=seconds(work, device), all=[])
+
+    def again(name):
+        spent = runs[name]["all"]
+        spent.append(seconds(contenders[name], device))
+        runs[name]["seconds"] = statistics.median(spent)
+
+    for name in tqdm(contenders, desc="starting", file=sys.stderr, leave=False, delay=2):
+        try:
+            runs[name] = dict(start=seconds(contenders[name], device), all=[])
+            again(name)
+        except InputError:
+            raise
+        except Exception as error:                         # another version, no compiler, too little memory
+            if not forgiving:
+                raise
+            runs[name] = dict(failed=f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:200]}")
+        done(runs)
     for _ in tqdm(range(rounds), desc="rounds", file=sys.stderr, leave=False, delay=2):
-        for name, work in contenders.items():
-            runs[name]["all"].append(seconds(work, device))
-    return {name: dict(run, seconds=statistics.median(run["all"])) for name, run in runs.items()}
+        for name in runs:
+            if "failed" not in runs[name]:
+                again(name)
+        done(runs)
+    return runs
 
 
 def copy_bandwidth(device, size=2 ** 30):
@@ -116,12 +135,17 @@ def transformers_of(gemma):
     return theirs.eval().requires_grad_(False)
 
 
-def finish(result, out, arguments, module, device):
-    """Add the command, commit and hardware to a result, write it to the file `out` if there is one, and print the head."""
-    head = dict(command=f"python -m bench.{module} " + " ".join(arguments), commit=commit(), hardware=hardware(device))
-    result = dict(head, **result)
+def save(result, out, arguments, module, device):
+    """The result with its command, commit and hardware, written to the file `out` if there is one."""
+    result = dict(dict(command=f"python -m bench.{module} " + " ".join(arguments), commit=commit(), hardware=hardware(device)), **result)
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         write_json(out, result)
+    return result
+
+
+def finish(result, out, arguments, module, device):
+    """As `save`, and print the head."""
+    result = save(result, out, arguments, module, device)
     print(f"{result['command']}\n{result['hardware']}, commit {result['commit']}\n")
     return result

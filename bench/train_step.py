@@ -138,6 +138,8 @@ def report(result):
             f"\n\n{percent(result['share'])}% of the measured matrix rate ({result['rate'] / 1e12:,.2f} TFLOP/s) on the needed operations")
     if "theirs" in result:
         text += f"; {result['ours'] / result['theirs']:,.0f} × the plan's loop"
+    if "failed" in result:
+        text += f"; the plan's loop failed: {result['failed']}"
     if "against" in result:
         text += f"; {result['ours'] / result['against']:.2f} × one process"
     return text
@@ -183,14 +185,18 @@ def main(arguments=None):
     ways = {"ours": ours.step}
     if not args.no_peer:
         ways["theirs"] = Theirs(model, args).step
-    runs = in_turn(ways, args.rounds, args.device)
+    runs = in_turn(ways, args.rounds, args.device, forgiving=True)
+    if "failed" in runs["ours"]:
+        raise InputError(f"expected a machine that our step runs on, but {runs['ours']['failed']}; try a smaller --batch or --no-compile.")
     spent = runs["ours"]["seconds"]
     rate = matrix_rate(args.device, dtype, 256 if args.quick else 8192 if cuda else 2048)
     result = dict(model=f"{args.model}, random weights" if args.model in SHAPES else args.model, dtype=str(dtype).split(".")[1], processes=together,
                   batch=args.batch, facts=args.facts, bundles=args.bundles, rounds=args.rounds, threads=torch.get_num_threads(), pool_seconds=pool_seconds,
                   ours=together * args.batch / spent, ours_seconds=spent, compile_seconds=runs["ours"]["start"] - spent, rate=rate,
                   share=ours.needed() / spent / rate)
-    if "theirs" in runs:
+    if "failed" in runs.get("theirs", {}):
+        result["failed"] = runs["theirs"]["failed"]
+    elif "theirs" in runs:
         result.update(theirs=args.peer_batch / runs["theirs"]["seconds"], theirs_seconds=runs["theirs"]["seconds"])
     if args.against:
         result["against"] = read_json(args.against)["ours"]

@@ -113,7 +113,7 @@ def test_what_is_kept_of_a_question_is_tensors_of_few_shapes(model):
         cache = KVCache(model.gemma.config, 1, 64, torch.float32, "cpu")
         model.gemma(ids, None, torch.ones_like(ids), cache, model.injection)
         shapes.add(tuple((name, tuple(tensor.shape)) for name, tensor in cache.memory.items()))
-    assert len(shapes) == 1 and "pool" in cache.memory
+    assert len(shapes) == 1 and "query" in cache.memory
 
 
 # -------------------------------------------------------------------------------------------------------------- growth
