@@ -129,6 +129,12 @@ class MemoryCrossAttention(nn.Module):
         out = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=bias[:, None].to(k.dtype))
         return self.post_memory_layernorm(self.o_proj(out.transpose(1, 2).reshape(B, T, -1))).to(x.dtype)
 
+    def attention(self, x, k, bias):
+        """Where a few positions look: x (n, D), k (n, H, L + 1, C), bias (n, L + 1) -> (n, L), mean over heads."""
+        q = self.q_proj(x.to(self.q_proj.weight.dtype)).unflatten(-1, (self.heads, -1))        # (n, H, C)
+        scores = (k @ q.to(k.dtype)[..., None])[..., 0].float() * self.head_dim ** -0.5
+        return (scores + bias[:, None]).softmax(-1)[..., :-1].mean(1)
+
 
 class CrossAttentionInjection(nn.Module, Injection):
     """One cross-attention a layer, and the choice of turns that they read."""
@@ -145,6 +151,7 @@ class CrossAttentionInjection(nn.Module, Injection):
             self.seek.weight.normal_(std=D ** -0.5)
             self.context.weight.zero_(), self.matters.weight.zero_()
         self.view, self.log_weights = None, None
+        self.speaking, self.heard = None, []                               # training: (row, position) of answers' tokens, and where each layer looks there
 
     def embedded(self, ids):
         h = self.embed[0](ids).float()
@@ -213,7 +220,7 @@ class CrossAttentionInjection(nn.Module, Injection):
         bias = each.gather(2, rows[:, None].expand(-1, each.shape[1], -1)).clamp(min=-30)
         mask = view.mask[memory, rows] & there[..., None]                                                               # (R', k, M)
         bias = (bias[..., None].expand(-1, -1, -1, mask.shape[2])).masked_fill(~mask[:, None], -torch.inf).flatten(2)
-        return dict(packages=packages, bias=F.pad(bias, (0, 1)), log_weights=log_weights[:, None])
+        return dict(packages=packages, rows=rows, tokens=tokens, bias=F.pad(bias, (0, 1)), log_weights=log_weights[:, None])
 
     # -- the socket
 
@@ -234,6 +241,10 @@ class CrossAttentionInjection(nn.Module, Injection):
         memo, block = self.memo, self.layers[layer - 1]
         if layer not in memo:
             memo[layer] = block.remember(memo["packages"])
+        if self.speaking is not None:
+            row, position = self.speaking
+            k, bias = memo[layer][0], memo["bias"]
+            self.heard.append(block.attention(x[row, position], k[row // (len(x) // len(k))], bias.flatten(0, 1)[row // (len(x) // bias[..., 0].numel())]))
         return x + block(x, *memo[layer], memo["bias"]).masked_fill(self.silent[..., None], 0.0)
 
 
@@ -268,3 +279,17 @@ class CrossAttentionMemory(Told):
             read = self.injection.within_reach(view)
             batch["known"] &= read.repeat_interleave(len(batch["known"]) // len(read), 0).gather(1, batch["support"])
         return view
+
+    def arranged(self, asked):
+        if self.training:
+            self.injection.speaking, self.injection.heard = asked.answering.nonzero().unbind(1), []
+        return asked
+
+    def copying(self, pool, batch, out):
+        """- log of the attention, mean over heads and layers, on those tokens of the right turns that the answer goes on with."""
+        injection, row = self.injection, out["row"]
+        mass, injection.speaking = sum(injection.heard) / len(injection.heard), None           # (n, L)
+        of = row // (len(batch["known"]) // len(injection.memo["rows"]))                       # which packages it reads
+        right = (injection.memo["rows"][of][..., None] == batch["support"][row][:, None]) & batch["known"][row][:, None]      # (n, k, 2)
+        hit = (right.any(-1)[..., None] & (injection.memo["tokens"][of] == out["targets"][:, None, None])).flatten(1)
+        return -(((mass * hit).sum(1) + 1e-4).log() * hit.any(1)).sum() / hit.any(1).sum().clamp(min=1)
