@@ -219,7 +219,7 @@ class Compare:
             sizes = [f"recall {N}" for N in args.sizes]
             turns = [f"turns {T}" for T in args.turns]
             if name in TAUGHT:
-                for N in taught_sizes(vars(args)):
+                for N in reversed(taught_sizes(vars(args))):               # the hardest first, should time run out
                     yield from ((name, f"train {N}", True), (name, f"recall {N}", False))
                 yield from ((name, "locality", False), (name, "cost", False))
                 continue
@@ -353,7 +353,7 @@ def names(text):
 
 # Name: (with --quick, on a GPU, otherwise, help)
 SIZES = dict(examples=(64, 500_000, 20_000, "that each design that is told facts is trained on"),
-             taught_examples=(64, 600_000, 20_000, "that chapters and LoRA are taught by, anew for each number of facts; fewer where nothing is left to learn"),
+             taught_examples=(64, 800_000, 20_000, "that chapters and LoRA are taught by, anew for each number of facts; fewer where nothing is left to learn"),
              taught=(0, 1000, 0, "facts that chapters and LoRA are taught beside those numbers; 0: no more"), batch_size=(16, 512, 64, "examples a step"),
              bundles=(20, 40_000, 3000, "of sentences and questions in the pool of those that are told facts"), facts=(8, 64, 32, "the largest memory in training"),
              questions=(8, 256, 64, "of each measurement"), batch=(8, 256, 64, "questions asked at once"))

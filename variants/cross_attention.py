@@ -244,7 +244,8 @@ class CrossAttentionInjection(nn.Module, Injection):
         if self.speaking is not None:
             row, position = self.speaking
             k, bias = memo[layer][0], memo["bias"]
-            self.heard.append(block.attention(x[row, position], k[row // (len(x) // len(k))], bias.flatten(0, 1)[row // (len(x) // bias[..., 0].numel())]))
+            of, asked = row // (len(x) // len(k)), row // (len(x) // bias[..., 0].numel())      # which packages and which bias are the row's
+            self.heard.append(block.attention(x[row, position], k.index_select(0, of), bias.flatten(0, 1)[asked]))
         return x + block(x, *memo[layer], memo["bias"]).masked_fill(self.silent[..., None], 0.0)
 
 

@@ -178,6 +178,10 @@ class PrefixMemory(Told):
         self.injection = PrefixInjection(self.config, gemma).to(gemma.device)
         self.facts_layer = self.config.gist_after
 
+    def parameter_groups(self):
+        own = self.injection.value_map                                     # starts as good as the base's own embeddings: full steps would first spoil that
+        return [([p for p in self.trainable_parameters() if p is not own], 1.0), ([own], 0.2)]
+
     # -- turns
 
     def turns(self, ids, real, states=None):
