@@ -53,6 +53,7 @@ class TrainConfig:
     accumulate: int = field(default=1, metadata={"help": "batches whose gradients are added up to one step; several processes share them out"})
     bundles: int = field(default=4000, metadata={"help": "P: bundles of sentences and questions in the pool"})
     facts: int = field(default=16, metadata={"help": "the largest memory in training; memories grow up to it"})
+    first_facts: int = field(default=8, metadata={"help": "the memories that training begins with; some designs learn nothing at first of larger ones"})
     lr: float = field(default=2e-3, metadata={"help": "highest learning rate of AdamW"})
     weight_decay: float = field(default=0.01, metadata={"help": "of AdamW, on matrices"})
     warmup: int = field(default=50, metadata={"help": "steps of linear warm-up; cosine decay follows"})
@@ -76,7 +77,7 @@ class TrainConfig:
     def check(self):
         """Raise InputError for settings that can't be trained with."""
         variants.check_name(self.variant)
-        for name, least in dict(steps=1, batch=8, accumulate=1, bundles=1, facts=8, eval_every=1, tokens=16, workers=0, warmup=0, patience=0, minutes=0,
+        for name, least in dict(steps=1, batch=8, accumulate=1, bundles=1, facts=8, first_facts=1, eval_every=1, tokens=16, workers=0, warmup=0, patience=0, minutes=0,
                                 lr=0, weight_decay=0, clip=0, retrieval=0, copying=0, unknown=0, text=0).items():
             if not getattr(self, name) >= least:
                 raise InputError(f"expected --{name.replace('_', '-')} of at least {least}, got {getattr(self, name)}.")
@@ -213,17 +214,18 @@ class GraphLesson:
 # ------------------------------------------------------------------------------------------------------------ loop
 
 def schedule(settings, step, seconds):
-    """(learning rate, N, done): warm-up and cosine; memories grow from 8 facts to settings.facts by doubling.
+    """(learning rate, N, done): warm-up and cosine; memories grow from settings.first_facts to settings.facts by doubling.
 
     What is done (0 to 1) is the share of the steps or of the minutes, whichever is larger.
     """
     done = max(step / settings.steps, seconds / (60 * settings.minutes) if settings.minutes else 0.0)
     warm = min(1.0, (step + 1) / max(1, settings.warmup))
     rate = settings.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-    stages = max(1, int(math.log2(max(8, settings.facts) / 8)) + 1)
+    least = min(settings.first_facts, settings.facts)
+    stages = int(math.log2(settings.facts / least)) + 1
     # small memories are quick to learn from: the first stages are short
     stage = min(stages - 1, int(stages * done ** 0.5 * 1.1))
-    return rate, min(settings.facts, 8 * 2 ** stage), done
+    return rate, min(settings.facts, least * 2 ** stage), done
 
 
 def add_up(parameters):

@@ -13,10 +13,16 @@ told, or taught, the same facts and asked the same questions about people, value
 Beside them stand the facts in the prompt, with three worked examples, and the base alone. Chapters and LoRA are taught by
 training, anew for every number of facts: their time to remember is that training's, and nothing can be told to them later.
 
-Training and measuring are jobs; each job's result is saved when it is done, and a call ends before --limit minutes are over.
-The same command again goes on where the last one ended.
+Training and measuring are jobs; each job's result is saved when it is done, in a file for each design, and a call ends before
+--limit minutes are over. The same command again goes on where the last one ended. Designs may be measured by several processes, each
+on a GPU of its own (--designs), that write to the same folder, or to folders whose files are put into one afterwards; any call makes
+compare.json, the table and the plot of all that its folder holds.
+
+With --shipped the graph memory is the one that ships with the base, not one that is trained like the others: the table says how many
+examples it saw, and for how long.
 """
 
+import json
 import math
 import sys
 import time
@@ -35,7 +41,7 @@ from bench.recall import (ask, complete, examples, memories, mixed, ordinary_tex
 from data_gen import World, open_vocabulary
 from extras.settings import from_file
 from gemma import InputError, check_device, find_model, read_json, write_json
-from memory import find_base
+from memory import SHIPPED, find_base
 from variants.facts import taught
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,7 +170,7 @@ def settings_of(name, args, folder, **changes):
     """(TrainConfig, the design's config): those of variants/configs/, with what all designs have alike, and `changes`."""
     config_class = variants.find(name).Config
     file = from_file(ROOT / "variants" / "configs" / f"{name}.json", train.TrainConfig, config_class)
-    steps = max(1, args.examples // args.batch_size)
+    steps = max(1, (args.taught_examples if name in TAUGHT else args.examples) // args.batch_size)
     alike = dict(variant=name, model=args.model, device=str(args.device), out=str(folder), steps=steps, minutes=args.minutes, batch=args.batch_size, bundles=args.bundles,
                  facts=args.facts, workers=args.workers, seed=args.seed, warmup=min(100, steps // 4), eval_every=max(50, steps // 8))
     values = {**file, **alike, **changes, "chat": args.model.rstrip("/").endswith("-it")}
@@ -190,6 +196,14 @@ def trained(name, args, N=None):
                 held_out={str(N): r for N, r in last.items()})
 
 
+def shipped(args):
+    """What training the shipped memory took, by its logs: `examples` and `seconds` of all its runs, each the start of the next."""
+    folder = Path(SHIPPED[args.model])
+    lasts = [json.loads(log.read_text(encoding="utf-8").splitlines()[-1]) for log in sorted(folder.glob("log*.jsonl"))]
+    return dict(shipped=True, seconds=round(sum(last["seconds"] for last in lasts), 1),
+                examples=sum(round(last["examples_per_second"] * last["seconds"]) for last in lasts))
+
+
 # -------------------------------------------------------------------------------------------------------------- jobs
 
 class Compare:
@@ -205,12 +219,12 @@ class Compare:
             sizes = [f"recall {N}" for N in args.sizes]
             turns = [f"turns {T}" for T in args.turns]
             if name in TAUGHT:
-                for N in args.sizes:
+                for N in reversed(taught_sizes(vars(args))):               # the hardest first, should time run out
                     yield from ((name, f"train {N}", True), (name, f"recall {N}", False))
                 yield from ((name, "locality", False), (name, "cost", False))
                 continue
             if name in TOLD:
-                yield name, "train", True
+                yield name, "train", not (name == "graph" and args.shipped)
             more = ["refusal", "locality"] if name in TOLD else []
             yield from ((name, job, False) for job in (*sizes, "update", *turns, *more, "cost"))
 
@@ -221,7 +235,7 @@ class Compare:
             self.opened = None, None                                       # let go of the old before the new is there
             args = self.args
             model = variants.find(NONE).from_pretrained(base=args.model, device=args.device) if folder == NONE else \
-                variants.load(args.out / folder, device=args.device)
+                variants.load(args.model if folder == "graph" and args.shipped else args.out / folder, device=args.device)
             self.opened = folder, model
         return self.opened[1]
 
@@ -231,8 +245,8 @@ class Compare:
         N = int(number) if number else None
         if what == "train":
             self.opened = None, None
-            return trained(name, args, N)
-        model = self.model(name, (N or args.sizes[-1]) if name in TAUGHT else None)
+            return shipped(args) if name == "graph" and args.shipped else trained(name, args, N)
+        model = self.model(name, (N or taught_sizes(vars(args))[-1]) if name in TAUGHT else None)
         if what == "recall":
             cell = told_and_asked(args, model.tokenizer, N)
             return answered(model, name, cell[:1] if name in TAUGHT else cell, args)
@@ -257,8 +271,13 @@ class Compare:
                 took = time.time() - before
                 longest[trains] = max(longest[trains], took)
                 self.result["designs"].setdefault(name, {})[job] = dict(row, job_seconds=round(took, 1), hardware=hardware(args.device), commit=commit())
-                write_json(args.out / "compare.json", self.result)
+                write_json(args.out / f"{name}.json", dict(settings=self.result["settings"], command=self.result["command"], jobs=self.result["designs"][name]))
         return 0
+
+
+def taught_sizes(settings):
+    """How many facts chapters and LoRA are taught: those that the others are told, and --taught."""
+    return [*settings["sizes"], *[N for N in (settings["taught"],) if N > settings["sizes"][-1]]]
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -270,7 +289,7 @@ def report(result):
     get = lambda name, job, what: designs.get(name, {}).get(job, {}).get(what)
     line = lambda title, job, what, show: [title, *("–" if get(name, job, what) is None else show(get(name, job, what)) for name in names)]
     shares = lambda s: percent(s, True)
-    rows = [line(f"recall, {N} facts", f"recall {N}", "recall", shares) for N in settings["sizes"]]
+    rows = [line(f"recall, {N} facts", f"recall {N}", "recall", shares) for N in taught_sizes(settings)]
     rows += [line("update, 16 facts", "update", "recall", shares)]
     rows += [line(f"told in turn 1, {T} turns later", f"turns {T}", "recall", shares) for T in settings["turns"]]
     rows += [line("refused what it wasn't told", "refusal", "rightly", percent), line("refused what it was told", "refusal", "wrongly", percent),
@@ -278,12 +297,16 @@ def report(result):
              line("trainable parameters", "cost", "parameters", lambda n: f"{n:,}"),
              line("bytes a fact", "cost", "bytes_per_fact", lambda n: f"{n:,.0f}"),
              line("seconds to answer", "cost", "answer", lambda s: f"{s:.3f}")]
-    largest = settings["sizes"][-1]
+    largest = taught_sizes(settings)[-1]
     wrote = lambda name: get(name, "cost", "write") if name in TOLD else (get(name, f"train {largest}", "seconds") or math.nan) / largest if name in TAUGHT else None
     rows += [["seconds to remember a fact", *("–" if not (s := wrote(name)) or math.isnan(s) else f"{s:.3f}" for name in names)]]
     learnt = lambda name: get(name, "train" if name in TOLD else f"train {largest}", "examples")
-    rows += [["examples trained on", *(f"{n:,}" if (n := learnt(name)) else "–" for name in names)]]
+    rows += [["examples trained on", *(f"{n:,}" if (n := learnt(name)) else "–" for name in names)],
+             ["minutes of training, pool included", *(f"{s / 60:.1f}" if (s := get(name, "train" if name in TOLD else f"train {largest}", "seconds")) else "–"
+                                                      for name in names)]]
     notes = sorted({f"{TITLES[name]}, {job}: {row['why']}." for name, jobs in designs.items() for job, row in jobs.items() if row.get("why")})
+    if get("graph", "train", "shipped"):
+        notes.append("graph: the shipped memory, which wasn't trained for this comparison; examples and minutes (without the pool's) are those of all its runs.")
     return "\n\n".join([table(["%", *(TITLES[name] for name in names)], rows), *notes])
 
 
@@ -293,7 +316,7 @@ def plot(result, path):
     if pyplot is None:
         return False
     figure, axes = pyplot.subplots(1, 2, figsize=(9.2, 3.4), sharey=True)
-    for axis, what, numbers, label in ((axes[0], "recall", result["settings"]["sizes"], "facts in memory"),
+    for axis, what, numbers, label in ((axes[0], "recall", taught_sizes(result["settings"]), "facts in memory"),
                                        (axes[1], "turns", result["settings"]["turns"], "other turns since the fact was told")):
         for name in (name for name in DESIGNS if name in result["designs"]):
             points = [(n, row["recall"]) for n in numbers if (row := result["designs"][name].get(f"{what} {n}")) and row["recall"]]
@@ -329,7 +352,9 @@ def names(text):
 
 
 # Name: (with --quick, on a GPU, otherwise, help)
-SIZES = dict(examples=(64, 500_000, 20_000, "that each design is trained on"), batch_size=(16, 512, 64, "examples a step"),
+SIZES = dict(examples=(64, 500_000, 20_000, "that each design that is told facts is trained on"),
+             taught_examples=(64, 800_000, 20_000, "that chapters and LoRA are taught by, anew for each number of facts; fewer where nothing is left to learn"),
+             taught=(0, 1000, 0, "facts that chapters and LoRA are taught beside those numbers; 0: no more"), batch_size=(16, 512, 64, "examples a step"),
              bundles=(20, 40_000, 3000, "of sentences and questions in the pool of those that are told facts"), facts=(8, 64, 32, "the largest memory in training"),
              questions=(8, 256, 64, "of each measurement"), batch=(8, 256, 64, "questions asked at once"))
 
@@ -337,7 +362,7 @@ SIZES = dict(examples=(64, 500_000, 20_000, "that each design is trained on"), b
 def parse_arguments(arguments):
     parser = Parser(prog="python -m bench.compare", description="Measure all designs of a memory on the same base, facts and questions.",
                     epilog="example: python -m bench.compare --model gemma-3-270m --device cuda --workers 14 --out out/compare-270m\n"
-                           "         and the same again until it says that nothing is left")
+                           "         and the same again until it says that nothing is left; --designs prefix on one GPU and --designs cross on another share the work")
     parser.add_argument("--model", default="tiny", help="the base: tiny, gemma-3-270m, a folder, or a Hub id (default tiny)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, … (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, help="folder for compare.json, compare.png and the trained designs (default out/compare-MODEL); what it holds is not done again")
@@ -348,6 +373,7 @@ def parse_arguments(arguments):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{text} (default {gpu:,} on a GPU, {otherwise:,} otherwise; with --quick {quick:,})")
     parser.add_argument("--minutes", type=float, default=0.0, help="end each training after so many, examples or not; 0: never (default 0)")
     parser.add_argument("--limit", type=float, default=8.5, help="minutes of a call: no job begins that might not end within; 0: no limit (default 8.5)")
+    parser.add_argument("--shipped", action="store_true", help="measure the graph memory that ships with the base instead of training one")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw sentences (default 0: this one)")
     parser.add_argument("--seed", type=int, default=0, help="of every draw (default 0)")
     parser.add_argument("--quick", action="store_true", help="next to no training and few questions: does it run?")
@@ -356,44 +382,51 @@ def parse_arguments(arguments):
     for name, (quick, on_gpu, otherwise, _) in SIZES.items():
         if getattr(args, name) is None:
             setattr(args, name, quick if args.quick else on_gpu if gpu else otherwise)
-        if getattr(args, name) < 1:
-            raise InputError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(args, name)}.")
+        if getattr(args, name) < (name != "taught"):
+            raise InputError(f"expected --{name.replace('_', '-')} of at least {int(name != 'taught')}, got {getattr(args, name)}.")
     args.sizes = args.sizes or ([4] if args.quick else [4, 16, 64, 256])
     args.turns = args.turns or ([1, 5] if args.quick else [1, 5, 20, 50, 120])
+    if args.shipped and args.model not in SHIPPED:
+        raise InputError(f"expected --shipped with a base that a memory ships with ({', '.join(SHIPPED)}), got {args.model}; leave it out.")
     args.out = out_folder(args.out, "compare", args.model)
     return args
 
 
 # What must be the same for jobs to be compared.
-ALIKE = ("model", "seed", "sizes", "turns", "examples", "batch_size", "bundles", "facts", "questions", "minutes")
+ALIKE = ("model", "seed", "sizes", "turns", "examples", "batch_size", "bundles", "facts", "questions", "taught_examples", "taught", "shipped")
 
 
 def begun(args):
     """The result so far: what --out holds, or an empty one. Raises InputError if it was made with other settings."""
-    settings, file = {name: getattr(args, name) for name in ALIKE}, args.out / "compare.json"
-    if not file.exists():
-        return dict(settings=settings, designs={})
-    result = read_json(file)
-    if not isinstance(result.get("designs"), dict) or not isinstance(result.get("settings"), dict):
-        raise InputError(f"{file}: expected the entries 'designs' and 'settings'; restore the file, or name another --out.")
-    for name, value in settings.items():
-        if result["settings"].get(name) != value:
-            raise InputError(f"{file}: it was made with {name} = {result['settings'].get(name)}, got {value}; only equal settings compare: "
-                             "use the same, or name another --out.")
+    settings = {name: getattr(args, name) for name in ALIKE}
+    result = dict(settings=settings, commands={}, designs={})
+    for name in DESIGNS:
+        file = args.out / f"{name}.json"
+        if not file.exists():
+            continue
+        part = read_json(file)
+        if not isinstance(part.get("jobs"), dict) or not isinstance(part.get("settings"), dict):
+            raise InputError(f"{file}: expected the entries 'jobs' and 'settings'; restore the file, or name another --out.")
+        for what, value in settings.items():
+            if part["settings"].get(what) != value:
+                raise InputError(f"{file}: it was made with {what} = {part['settings'].get(what)}, got {value}; only equal settings compare: "
+                                 "use the same, or name another --out.")
+        result["designs"][name], result["commands"][name] = part["jobs"], part.get("command", "")
     return result
 
 
 def main(arguments=None):
     args = parse_arguments(arguments)
     check_device(args.device)
-    result = begun(args)
-    result["command"] = "python -m bench.compare " + " ".join(sys.argv[1:] if arguments is None else map(str, arguments))
+    command = "python -m bench.compare " + " ".join(sys.argv[1:] if arguments is None else map(str, arguments))
     args.out.mkdir(parents=True, exist_ok=True)
-    left = Compare(args, result).run()
+    left = Compare(args, dict(begun(args), command=command)).run()
+    result = begun(args)                                                   # with what other processes have done by now
+    write_json(args.out / "compare.json", result)
     drawn = plot(result, args.out / "compare.png")
     made = sorted({f"{row['hardware']}, commit {row['commit']}" for jobs in result["designs"].values() for row in jobs.values()})
     seconds = sum(row["job_seconds"] for jobs in result["designs"].values() for row in jobs.values())
-    print("\n".join([result["command"], *made, f"{seconds:.0f} s", "", report(result)]))
+    print("\n".join([*dict.fromkeys(result["commands"].values()), *made, f"{seconds:.0f} s", "", report(result)]))
     print(f"saved {args.out}/compare.json{' and compare.png' if drawn else ''}; " +
           (f"{left} jobs are left: run the same command again." if left else "nothing is left to do."), file=sys.stderr)
     return result

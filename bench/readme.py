@@ -14,7 +14,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from bench import decode, gat, memory_scale, train_step
+from bench import compare, decode, gat, memory_scale, train_step
 from bench.common import percent, table
 from bench.ladder import LADDER, designs
 from bench.recall import report
@@ -60,6 +60,19 @@ def natural(name):
     cell = lambda what: percent(result["all"][what], True)
     return (f"`python -m bench.natural --model {name}`, {result['hardware']}: of {result['all']['exact']['n']} questions {cell('exact')}% "
             f"answered exactly, right episode first for {cell('first')}%, {cell('refused_wrongly')}% refused that had an answer.")
+
+
+def compared(name):
+    """The table of bench.compare, with its plot; as long as nothing was measured, a sentence that says so."""
+    file = HERE / "results" / f"compare-{name}.json"
+    if not file.is_file():
+        return f"The designs have not been measured side by side on {name} yet: `python -m bench.compare --model {name}` does."
+    result = json.loads(file.read_text(encoding="utf-8"))
+    jobs = [row for done in result["designs"].values() for row in done.values()]
+    commands = dict.fromkeys(re.sub(r" --(out|workers) \S+", "", command) for command in result["commands"].values())
+    return (f"{'; '.join(f'`{command}`' for command in commands)}; {'; '.join(dict.fromkeys(row['hardware'] for row in jobs))}, "
+            f"{sum(row['job_seconds'] for row in jobs) / 60:.0f} minutes. Shares in %, with 95% intervals:\n\n{compare.report(result)}\n\n"
+            f"![Recall of each design by facts in memory, and by turns since the fact was told](bench/results/compare-{name}.png)")
 
 
 def training(_):
@@ -176,7 +189,7 @@ def filled(text):
 
     def block(match):
         what, _, name = match[1].partition(" ")
-        return f"<!-- figures: {match[1]} -->\n{dict(recall=recall, refusal=refusal, edits=edits, natural=natural, training=training, default=default, ladder=ladder, speed=speed, survival=survival)[what](name)}\n<!-- end -->"
+        return f"<!-- figures: {match[1]} -->\n{dict(recall=recall, refusal=refusal, edits=edits, natural=natural, compared=compared, training=training, default=default, ladder=ladder, speed=speed, survival=survival)[what](name)}\n<!-- end -->"
     return re.sub(r"<!-- figures: ([\w. -]+?) -->.*?<!-- end -->", block, text, flags=re.S)
 
 

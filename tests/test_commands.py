@@ -60,12 +60,11 @@ COMMANDS = {
     'python train.py --config variants/configs/prefix.json --slots 4 --patience 3 --out out/prefix':
         ("python train.py --config variants/configs/prefix.json --slots 4 --patience 3 --gist-after 1 --out out/prefix" + POOL, Path("out/prefix/memory.json")),
     'python generate.py --model out/prefix --memory facts.txt "Where does Maria live?"': (AS_PRINTED, ""),
-    **{f'python train.py --config variants/configs/{name}.json --model gemma-3-270m --steps 20000 --minutes 6 --batch 512 --bundles 80000 --workers 14 '
-       f'--facts 64 --tokens 44 --warmup 100 --eval-every 400 --out out/{name}-270m':
+    **{f'python train.py --config variants/configs/{name}.json --model gemma-3-270m --steps 20000 --minutes 6 --batch 512 --bundles 60000 --workers 14 '
+       f'--facts 16 --warmup 100 --eval-every 500 --out out/{name}-270m':
         (f"python train.py --config variants/configs/{name}.json --out out/{name}-270m" + (" --gist-after 1" if name == "prefix" else "") + POOL,
          Path(f"out/{name}-270m/memory.json")) for name in ("prefix", "cross")},
     'python -m bench.compare --quick': ("tests/test_compare.py::measured", "compare.main("),
-    'python -m bench.compare --model gemma-3-270m --device cuda --workers 14 --out out/compare-270m': ("tests/test_compare.py::measured", "compare.main("),
     'python train.py --variant lora --lora-rank 8 --known 16 --steps 60 --batch 24 --lr 4e-3 --warmup 5 --eval-every 30 --out out/lora':
         ("python train.py --variant lora --lora-rank 8 --known 3 --lr 4e-3 --warmup 5 --out out/lora" + SHORT, Path("out/lora/memory.json")),
     'python train.py --variant chapters --bank 256 --placement 3,4,5,6,7 --bank-lr 5 --known 16 --steps 60 --batch 24 --lr 4e-3 --warmup 5 --eval-every 30 --out out/bank':
@@ -93,6 +92,7 @@ MEASURED = {
     "python -m bench.recall --model": (lambda printed: RECALL + ("locality,edits" if "edits" in option("only", printed) else "refusal,recall"), r"\| facts"),
     **{start: (lambda printed: "tests/test_speed.py::test_quick_benches", "bench.main([\"--quick\"") for start in (
         "python -m bench.decode", "python -m bench.memory_scale", "python -m bench.train_step", "python -m bench.gat", "torchrun --nproc_per_node=2 -m bench.train_step")},
+    "python -m bench.compare --model": (lambda printed: "tests/test_compare.py::measured", "compare.main("),
     "python -m bench.natural": (lambda printed: "tests/test_natural.py::test_whole_command", "natural.main(["),
     "python -m bench.sessions kills": (lambda printed: "python -m bench.sessions kills --model {toy} --times 1", "acknowledged"),
     "python -m bench.sessions flips": (lambda printed: "python -m bench.sessions flips --model {toy}", "cache_refused"),

@@ -23,9 +23,10 @@ def measured(tmp_path_factory, one_thread):  # noqa: F811
     patch.setattr(PoolLesson, "evaluate", nothing)
     patch.setattr(TaughtLesson, "evaluate", nothing)
     arguments = ["--model", str(base), "--device", "cpu", "--quick", "--out", str(out), "--designs", "prefix,lora,prompt,none", "--turns", "2",
-                 "--questions", "4", "--examples", "8", "--batch-size", "8"]
+                 "--questions", "4", "--examples", "8", "--taught-examples", "8", "--batch-size", "8"]
     compare.main([*arguments, "--limit", "1e-9"])
     begun = json.loads((out / "compare.json").read_text())
+    compare.main([*arguments, "--limit", "0", "--designs", "none,prompt"])                 # as a process of its own would
     compare.main([*arguments, "--limit", "0"])
     patch.undo()
     return arguments, begun, out
@@ -61,7 +62,7 @@ def test_other_settings_are_not_mixed_in(measured):
     """Catches a comparison of designs that were trained on more examples than others."""
     arguments, _, _ = measured
     with pytest.raises(InputError, match="examples = 8, got 16"):
-        compare.main([*arguments[:-4], "--examples", "16", "--batch-size", "8"])
+        compare.main([*arguments[:-6], "--examples", "16", "--batch-size", "8"])
 
 
 def test_a_conversation_begins_with_the_fact(measured):

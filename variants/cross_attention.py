@@ -17,12 +17,17 @@ packages, and what comes back goes through o_proj, which starts at zero, and a n
 self-attention is about to see. Only these projections and norms train. After a response is complete, `generate` archives the
 turn; a fact that is told is a turn without a response. `answer` only asks.
 
-Two things are added to the plan that this design comes from. Each head has a *null* key whose value is nothing, so that it need not listen, and the model
-can tell that it was not told (`null_threshold`). And the norm has an epsilon of 1: an ordinary one would blow the first tiny
-output of a zero-initialised projection up to full size, in all layers at once.
+Added to the plan that this design comes from:
+  * Turns are weighed before they are read: each token of the question looks for the token of a turn that is most like it (late
+    interaction, https://arxiv.org/abs/2004.12832). The log of a turn's weight is added to the scores of its tokens in all layers,
+    and held to the right turn in training. "None of them" is weighed too: the model can tell that it wasn't told (`null_threshold`).
+  * Each head has a *null* key whose value is nothing, so that it need not listen.
+  * The norm has an epsilon of 1: an ordinary one would blow the first tiny output of a zero-initialised projection up to full size.
+  * --package near: beside its final state a token shows its embedding and that of the token before it, and heads start by looking
+    for the place after (or at) what was just read. To say a name of three tokens, one has to know what comes after the second.
 
 Letters: G memories of a batch · R questions, R / G to each · N turns · k of them are read · M tokens of a turn · L = k M · H heads ·
-C head width · D hidden size · F width of a package: D, or 2 D with the embeddings.
+C head width · D hidden size · F width of a token of a package: D, 2 D or 3 D.
 """
 
 import re
@@ -33,16 +38,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from gemma import BOS, PAD, Injection, InputError, Places, RMSNorm
-from memory import Settings, pooled
+from memory import Settings
 from variants.shared import PoolLesson, Told
+
+PARTS = dict(final=1, both=2, near=3)      # F / D
+SEEK = 64                                  # width in which turns are weighed
 
 
 @dataclass
 class CrossConfig(Settings):
     """What the memory in every layer is made of. The plan is turns="first+last", package="final"."""
 
-    turns: str = field(default="first+last", metadata={"help": "which turns are read: first+last, last:K, all, or top:K, those most like the question"})
-    package: str = field(default="final", metadata={"help": "what is kept of a token: its final state, or both that and its embedding"})
+    turns: str = field(default="first+last", metadata={"help": "which turns are read: first+last, last:K, all, or top:K, those that weigh most"})
+    package: str = field(default="final", metadata={"help": "what is read of a token: its final state; both that and its embedding; near: that of the token before it, too"})
     heads: int = field(default=4, metadata={"help": "of the attention to packages, in each layer"})
     head_dim: int = field(default=32, metadata={"help": "their width"})
     null_threshold: float = field(default=0.5, metadata={"help": "says it doesn't know when the mean weight of the null keys is above"})
@@ -51,8 +59,8 @@ class CrossConfig(Settings):
     def check(self, source):
         if not re.fullmatch(r"first\+last|all|(last|top):[1-9]\d{0,4}", self.turns):
             raise InputError(f"{source}: expected turns to be first+last, last:K, all or top:K, got {self.turns[:40]!r}.")
-        if self.package not in ("final", "both"):
-            raise InputError(f"{source}: expected package to be final or both, got {self.package[:40]!r}.")
+        if self.package not in PARTS:
+            raise InputError(f"{source}: expected package to be final, both or near, got {self.package[:40]!r}.")
         for name, most in (("heads", 64), ("head_dim", 1024)):
             if not 1 <= getattr(self, name) <= most:
                 raise InputError(f"{source}: expected {name} from 1 to {most}, got {str(getattr(self, name))[:20]}.")
@@ -62,12 +70,12 @@ class CrossConfig(Settings):
 
 @dataclass
 class MemoryPackage:
-    """What is kept of one turn, or side by side of N turns of G memories: states (M, F) or (G, N, M, F), mask (..., M) of the
-    tokens that there are, gist (D,) or (G, N, D), the mean of their embeddings."""
+    """What is kept of one turn, or side by side of N turns of G memories: the last layer's states (M, D) or (G, N, M, D), ids
+    (..., M), mask (..., M) of the tokens that there are."""
 
     states: torch.Tensor
+    ids: torch.Tensor
     mask: torch.Tensor
-    gist: torch.Tensor
 
     @property
     def valid(self):
@@ -77,10 +85,9 @@ class MemoryPackage:
     def side_by_side(packages):
         """Several views of one memory, (1, N, …) each, as one of G = their number."""
         N, M = (max(p.mask.shape[i] for p in packages) for i in (1, 2))
-        grown = [MemoryPackage(F.pad(p.states, (0, 0, 0, M - p.mask.shape[2], 0, N - p.mask.shape[1])),
-                               F.pad(p.mask, (0, M - p.mask.shape[2], 0, N - p.mask.shape[1])),
-                               F.pad(p.gist, (0, 0, 0, N - p.mask.shape[1]))) for p in packages]
-        return MemoryPackage(*(torch.cat([getattr(p, name) for p in grown]) for name in ("states", "mask", "gist")))
+        grow = lambda p: (0, M - p.mask.shape[2], 0, N - p.mask.shape[1])
+        grown = [MemoryPackage(F.pad(p.states, (0, 0, *grow(p))), F.pad(p.ids, grow(p)), F.pad(p.mask, grow(p))) for p in packages]
+        return MemoryPackage(*(torch.cat([getattr(p, name) for p in grown]) for name in ("states", "ids", "mask")))
 
 
 class MemoryCrossAttention(nn.Module):
@@ -90,15 +97,21 @@ class MemoryCrossAttention(nn.Module):
         """norm: the layer's input_layernorm, whose gains the memory's norm starts with: it is added to what comes out of it."""
         super().__init__()
         H, C = config.heads, config.head_dim
-        width = D * (2 if config.package == "both" else 1)                 # F
+        width = D * PARTS[config.package]                                  # F
         self.heads, self.head_dim = H, C
         self.q_proj, self.o_proj = nn.Linear(D, H * C, bias=False), nn.Linear(H * C, D, bias=False)
         self.k_proj, self.v_proj = nn.Linear(width, H * C, bias=False), nn.Linear(width, H * C, bias=False)
         self.null_key = nn.Parameter(torch.randn(H, 1, C) / C ** 0.5)
         self.post_memory_layernorm = RMSNorm(D, eps=1.0)
-        nn.init.zeros_(self.o_proj.weight)
+        gain = 1 + norm.weight.float()
         with torch.no_grad():
+            self.o_proj.weight.zero_()
             self.post_memory_layernorm.weight.copy_(norm.weight.float())
+            if config.package == "near":                                   # the same random directions on both sides: likes attract
+                same = torch.randn(H, C, D, device=self.k_proj.weight.device) / D ** 0.5
+                keys = self.k_proj.weight.zero_().view(H, C, 3, D)
+                keys[::2, :, 2], keys[1::2, :, 1] = same[::2], same[1::2]  # … the token before, and the token itself
+                self.q_proj.weight.copy_(same.flatten(0, 1) / gain.to(same.device).abs().clamp(min=0.1))
 
     def split(self, x):
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(-3, -2)              # (..., T, H * C) -> (..., H, T, C)
@@ -108,18 +121,19 @@ class MemoryCrossAttention(nn.Module):
         k, v = self.split(self.k_proj(packages)), self.split(self.v_proj(packages))
         return torch.cat((k, self.null_key.to(k.dtype).expand(len(k), -1, -1, -1)), 2), F.pad(v, (0, 0, 0, 1))
 
-    def forward(self, x, k, v, mask):
-        """x (B, T, D), k and v (R', H, L + 1, C), mask (R', L + 1): B / R' rows read the same packages -> (B, T, D)."""
+    def forward(self, x, k, v, bias):
+        """x (B, T, D), k and v (R', H, L + 1, C), bias (R', S, L + 1) of S = B / R' rows that read the same packages -> (B, T, D)."""
         B, T, _ = x.shape
-        q = self.split(self.q_proj(x.to(self.q_proj.weight.dtype)).view(len(k), -1, self.heads * self.head_dim))       # (R', H, B / R' * T, C)
-        out = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask[:, None, None])
+        q = self.split(self.q_proj(x.to(self.q_proj.weight.dtype)).view(len(k), -1, self.heads * self.head_dim))       # (R', H, S * T, C)
+        bias = bias if bias.shape[1] == 1 else bias.repeat_interleave(T, 1)
+        out = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=bias[:, None].to(k.dtype))
         return self.post_memory_layernorm(self.o_proj(out.transpose(1, 2).reshape(B, T, -1))).to(x.dtype)
 
-    def weigh(self, x, k, mask):
-        """Attention of one position of each row: x (B, D) -> (B, H, L + 1)."""
-        q = self.split(self.q_proj(x.to(self.q_proj.weight.dtype)).view(len(k), -1, self.heads * self.head_dim))       # (R', H, B / R', C)
-        scores = (q.float() @ k.float().mT) * self.head_dim ** -0.5
-        return scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1).transpose(1, 2).flatten(0, 1)
+    def attention(self, x, k, bias):
+        """Where a few positions look: x (n, D), k (n, H, L + 1, C), bias (n, L + 1) -> (n, L), mean over heads."""
+        q = self.q_proj(x.to(self.q_proj.weight.dtype)).unflatten(-1, (self.heads, -1))        # (n, H, C)
+        scores = (k @ q.to(k.dtype)[..., None])[..., 0].float() * self.head_dim ** -0.5
+        return (scores + bias[:, None]).softmax(-1)[..., :-1].mean(1)
 
 
 class CrossAttentionInjection(nn.Module, Injection):
@@ -127,39 +141,86 @@ class CrossAttentionInjection(nn.Module, Injection):
 
     def __init__(self, config, gemma):
         super().__init__()
+        D = gemma.config.hidden_size
         self.config, self.embed = config, [gemma.embed]                    # in a list: the base is neither saved nor trained with this
-        self.layers = nn.ModuleList(MemoryCrossAttention(config, gemma.config.hidden_size, layer.input_layernorm) for layer in gemma.layers)
+        self.layers = nn.ModuleList(MemoryCrossAttention(config, D, layer.input_layernorm) for layer in gemma.layers)
+        self.seek, self.context = nn.Linear(D, SEEK, bias=False), nn.Linear(D, SEEK, bias=False)
+        self.matters = nn.Linear(D, 1, bias=False)                         # how much a token of the question does
+        self.scale, self.none, self.recent = (nn.Parameter(torch.tensor(x)) for x in (20.0, 10.0, 0.0))
+        with torch.no_grad():
+            self.seek.weight.normal_(std=D ** -0.5)
+            self.context.weight.zero_(), self.matters.weight.zero_()
         self.view, self.log_weights = None, None
+        self.speaking, self.heard = None, []                               # training: (row, position) of answers' tokens, and where each layer looks there
 
-    def choose(self, view, ids, question):
-        """Which turns are read: rows of the memory (R', k), and which of them there are (R', k). R' is R where it depends on
-        the question, ids (R, T) marked by `question` (R, T), else G."""
+    def embedded(self, ids):
+        h = self.embed[0](ids).float()
+        return F.rms_norm(h, h.shape[-1:])
+
+    def weigh(self, view, ids, question):
+        """How much each turn has to do with each question, as log-probabilities (R, N + 1), null last: ids (R, T), marked by
+        `question` (R, T)."""
+        G, N, M = view.mask.shape
+        states = view.states.float()
+        there = F.normalize(self.seek(self.embedded(view.ids)) + self.context(F.rms_norm(states, states.shape[-1:])), dim=-1).flatten(1, 2)
+        asking, care = self.embedded(ids), question & (ids != BOS)
+        looking = F.normalize(self.seek(asking), dim=-1).view(G, -1, SEEK)                                              # (G, S * T, C)
+        like = (looking @ there.mT).float().unflatten(2, (N, M)).masked_fill(~view.mask[:, None], -1.0).amax(-1)          # (G, S * T, N)
+        share = self.matters(asking)[..., 0].float().masked_fill(~care, -1e4).softmax(1)                                # (R, T)
+        scores = self.scale * (like.view(*ids.shape, N) * share[..., None]).sum(1)                                      # (R, N)
+        valid, each = view.valid, len(ids) // G
+        count = valid.sum(1, keepdim=True)
+        scores = scores + (self.recent * (torch.arange(N, device=ids.device) + 1 - count) / count.clamp(min=1)).repeat_interleave(each, 0)
+        if not self.by_question:                                           # the others are out of reach
+            valid = self.within_reach(view)
+        scores = scores.masked_fill(~valid.repeat_interleave(each, 0), -torch.inf)
+        return torch.cat((scores, self.none.expand(len(ids), 1)), 1).log_softmax(1)
+
+    @property
+    def by_question(self):
+        return self.config.turns == "all" or self.config.turns.startswith("top")
+
+    def choose(self, view, log_weights=None):
+        """Which turns are read: rows of the memory (R', k), and which of them there are (R', k). R' is R for top:K, by the
+        log_weights (R, N + 1) of the questions, else G."""
         G, N = view.mask.shape[:2]
         there = view.valid                                                 # (G, N)
         count = there.sum(1, keepdim=True)
         how, _, K = self.config.turns.partition(":")
         if how == "all":
-            rows = torch.arange(N, device=ids.device).expand(G, N)
+            rows = torch.arange(N, device=there.device).expand(G, N)
         elif how == "first+last":
             rows = torch.cat((torch.where(count > 1, 0, -1), count - 1), 1)
         elif how == "last":
-            rows = count - 1 - torch.arange(int(K), device=ids.device)
+            rows = count - 1 - torch.arange(int(K), device=there.device)
         else:
-            # Cosines of mean embeddings, less what all turns have in common: nothing of this trains.
-            asking = pooled(self.embed[0](ids).float(), question & (ids != BOS)).view(G, len(ids) // G, -1)            # (G, S, D)
-            common = (view.gist * there[..., None]).sum(1, keepdim=True) / count[..., None] * (count[..., None] > 1)
-            like = F.normalize(asking - common, dim=-1) @ F.normalize(view.gist - common, dim=-1).mT                   # (G, S, N)
-            best = like.masked_fill(~there[:, None], -torch.inf).topk(min(int(K), N), dim=-1)
-            return best.indices.flatten(0, 1), best.values.flatten(0, 1).isfinite()
+            best = log_weights[:, :-1].topk(min(int(K), N), dim=-1)
+            return best.indices, best.values.isfinite()
         return rows.clamp(min=0), (rows >= 0) & there.gather(1, rows.clamp(min=0))
 
+    def within_reach(self, view):
+        """Which turns are read, whatever is asked: (G, N)."""
+        rows, there = self.choose(view)
+        return torch.zeros_like(view.valid, dtype=torch.float).scatter_add(1, rows, there.float()) > 0
+
     def open(self, view, ids, question):
-        """Choose the turns, and lay their packages end to end: a dict for this request."""
-        rows, there = self.choose(view, ids, question)                     # (R', k)
+        """Weigh and choose the turns, and lay their packages end to end: a dict for this request."""
+        log_weights = self.weigh(view, ids, question)
+        rows, there = self.choose(view, log_weights.detach())              # (R', k)
         memory = torch.arange(len(rows), device=ids.device)[:, None] // (len(rows) // len(view.mask))
-        mask = (view.mask[memory, rows] & there[..., None]).flatten(1)     # (R', L)
-        last = (question * torch.arange(ids.shape[1], device=ids.device)).argmax(1)
-        return dict(rows=rows, packages=view.states[memory, rows].flatten(1, 2), mask=F.pad(mask, (0, 1), value=True), last=last, mass=[])
+        states, tokens = view.states[memory, rows].float(), view.ids[memory, rows]                                      # (R', k, M, …)
+        parts = [F.rms_norm(states, states.shape[-1:])]
+        if self.config.package != "final":
+            embedded = self.embedded(tokens)
+            parts += [embedded, F.pad(embedded[..., :-1, :], (0, 0, 1, 0))][:PARTS[self.config.package] - 1]
+        packages = torch.cat(parts, -1).flatten(1, 2)
+        if torch.is_autocast_enabled(ids.device.type):                     # once, instead of in every layer
+            packages = packages.to(torch.get_autocast_dtype(ids.device.type))
+        each = log_weights.detach().view(len(rows), -1, log_weights.shape[1])                                           # (R', S, N + 1)
+        bias = each.gather(2, rows[:, None].expand(-1, each.shape[1], -1)).clamp(min=-30)
+        mask = view.mask[memory, rows] & there[..., None]                                                               # (R', k, M)
+        bias = (bias[..., None].expand(-1, -1, -1, mask.shape[2])).masked_fill(~mask[:, None], -torch.inf).flatten(2)
+        return dict(packages=packages, rows=rows, tokens=tokens, bias=F.pad(bias, (0, 1)), log_weights=log_weights[:, None])
 
     # -- the socket
 
@@ -172,7 +233,7 @@ class CrossAttentionInjection(nn.Module, Injection):
         memo = {} if cache is None else cache.memory
         if not memo:                                                       # not while decoding: then the memo knows what was chosen
             memo.update(self.open(self.view, input_ids, real if question_mask is None else question_mask.bool() & real))
-        self.memo = memo
+        self.memo, self.log_weights = memo, memo["log_weights"]            # (R, 1, N + 1)
 
     def before_attention(self, layer, x):
         if self.memo is None:
@@ -180,19 +241,12 @@ class CrossAttentionInjection(nn.Module, Injection):
         memo, block = self.memo, self.layers[layer - 1]
         if layer not in memo:
             memo[layer] = block.remember(memo["packages"])
-            at = x[torch.arange(len(x), device=x.device), memo["last"]]
-            memo["mass"].append(block.weigh(at, memo[layer][0], memo["mask"]))
-            if layer == len(self.layers):
-                self.weigh_turns(memo)
-        return x + block(x, *memo[layer], memo["mask"]).masked_fill(self.silent[..., None], 0.0)
-
-    def weigh_turns(self, memo):
-        """`log_weights` (R, 1, N + 1): the attention at the end of the question, mean over heads and layers, of each turn."""
-        mass = torch.cat(memo["mass"], 1).mean(1)                          # (R, L + 1)
-        R, k = len(mass), memo["rows"].shape[1]
-        rows = memo["rows"].repeat_interleave(R // len(memo["rows"]), 0)
-        of_turn = mass.new_zeros(R, self.view.mask.shape[1]).scatter_add(1, rows, mass[:, :-1].unflatten(1, (k, -1)).sum(2))
-        self.log_weights = (torch.cat((of_turn, mass[:, -1:]), 1) + 1e-6).log()[:, None]
+        if self.speaking is not None:
+            row, position = self.speaking
+            k, bias = memo[layer][0], memo["bias"]
+            of, asked = row // (len(x) // len(k)), row // (len(x) // bias[..., 0].numel())      # which packages and which bias are the row's
+            self.heard.append(block.attention(x[row, position], k.index_select(0, of), bias.flatten(0, 1)[asked]))
+        return x + block(x, *memo[layer], memo["bias"]).masked_fill(self.silent[..., None], 0.0)
 
 
 class CrossAttentionMemory(Told):
@@ -203,36 +257,40 @@ class CrossAttentionMemory(Told):
         self.injection = CrossAttentionInjection(self.config, gemma).to(gemma.device)
         self.facts_layer = len(gemma.layers)
 
-    def package(self, ids, states, mask):
-        """ids (..., M), the last layer's states (..., M, D), mask (..., M) -> a MemoryPackage in float32."""
-        embeddings = self.gemma.embed(ids).float()
-        norm = lambda h: F.rms_norm(h.float(), h.shape[-1:])
-        kept = torch.cat((norm(states), norm(embeddings)), -1) if self.config.package == "both" else norm(states)
-        gist = (embeddings * mask[..., None]).sum(-2) / mask.sum(-1, keepdim=True).clamp(min=1)
-        return MemoryPackage(kept, mask, gist)
-
     @torch.no_grad()
     def keep(self, turns):
         longest, device = max(map(len, turns)), self.gemma.device
         ids = torch.tensor([row + [PAD] * (longest - len(row)) for row in turns], device=device)
         real = torch.arange(longest, device=device) < torch.tensor([len(row) for row in turns], device=device)[:, None]
         h = self.gemma.run_layers(self.gemma.embed(ids), Places(self.gemma.config, *ids.shape, real, None, device))
-        return [self.package(i[1:len(row)], s[1:len(row)], m[1:len(row)]) for row, i, s, m in zip(turns, ids, h, real)]
+        return [MemoryPackage(*(x[1:len(row)].clone() for x in each)) for row, *each in zip(turns, h, ids, real)]
 
     def make_view(self):
-        kept = [MemoryPackage(p.states[None, None], p.mask[None, None], p.gist[None, None]) for p in self.memory_graph.kept]
+        kept = [MemoryPackage(p.states[None, None], p.ids[None, None], p.mask[None, None]) for p in self.memory_graph.kept]
         turns = MemoryPackage.side_by_side(kept)                           # (N, 1, M, …)
-        return MemoryPackage(turns.states.transpose(0, 1), turns.mask.transpose(0, 1), turns.gist.transpose(0, 1))
+        return MemoryPackage(*(x.transpose(0, 1) for x in (turns.states, turns.ids, turns.mask)))
 
     def view_of(self, pool, batch):
         facts, valid = batch["episodes"], batch["valid"]
         place, real = pool.facts.places(facts)                             # (G, N, M)
         longest = int(pool.facts.lengths[facts].max())
         place, real = place[..., :longest], real[..., :longest] & valid[..., None]
-        view = self.package(pool.facts.ids[place], pool.facts.keys[place], real)
-        if self.training:                                                  # what no layer reads can't be learnt: the target is then null
-            asked = pool.questions(batch, int(pool.prompt_length[batch["sequence"]].max()))
-            rows, there = self.injection.choose(view, asked.ids, asked.question)
-            read = torch.zeros(len(rows), valid.shape[1], device=rows.device).scatter_add(1, rows, there.float()) > 0
+        view = MemoryPackage(pool.facts.keys[place], pool.facts.ids[place], real)
+        if self.training and not self.injection.by_question:               # what no layer reads can't be learnt: the target is then null
+            read = self.injection.within_reach(view)
             batch["known"] &= read.repeat_interleave(len(batch["known"]) // len(read), 0).gather(1, batch["support"])
         return view
+
+    def arranged(self, asked):
+        if self.training:
+            self.injection.speaking, self.injection.heard = asked.answering.nonzero().unbind(1), []
+        return asked
+
+    def copying(self, pool, batch, out):
+        """- log of the attention, mean over heads and layers, on those tokens of the right turns that the answer goes on with."""
+        injection, row = self.injection, out["row"]
+        mass, injection.speaking = sum(injection.heard) / len(injection.heard), None           # (n, L)
+        of = row // (len(batch["known"]) // len(injection.memo["rows"]))                       # which packages it reads
+        right = (injection.memo["rows"][of][..., None] == batch["support"][row][:, None]) & batch["known"][row][:, None]      # (n, k, 2)
+        hit = (right.any(-1)[..., None] & (injection.memo["tokens"][of] == out["targets"][:, None, None])).flatten(1)
+        return -(((mass * hit).sum(1) + 1e-4).log() * hit.any(1)).sum() / hit.any(1).sum().clamp(min=1)

@@ -13,8 +13,9 @@
 `generate` follows the plan that this design comes from to the letter: it takes the prompt's gist, asks the graph, puts what it
 finds in front, generates, and remembers the prompt as one more turn. `answer` only asks. A turn's gist is its pooled embeddings:
 one mean by default, which has to carry a whole sentence, in no order. With --slots K a turn keeps K vectors, each pooled by an
-attention over its tokens that learns what is worth keeping (compare gist tokens, https://arxiv.org/abs/2304.08467);
---gist-after shows that attention, and the query, what a token means in its sentence.
+attention over its tokens that learns what is worth keeping (compare gist tokens, https://arxiv.org/abs/2304.08467), and so is the
+gist; --gist-after shows that attention, and the query, what a token means in its sentence. The answer is told to training as
+what is worth keeping, too (`copying`): through all layers of the base that is slow to be found out.
 
 Letters: G memories of a batch · R questions, R / G to each · N turns · M tokens of a turn · K slots · H heads · D hidden size.
 """
@@ -85,26 +86,27 @@ class PrefixInjection(nn.Module, Injection):
         with torch.no_grad():
             self.query.weight.copy_(self.gnn.own.weight)                   # starts by looking for turns like the question
         if config.slots > 1:
-            self.worth = nn.Linear(width, config.slots)                    # of each token to each slot
-            self.place = nn.Parameter(torch.zeros(config.slots, 64))       # and of its place in the turn
-            # They start with a few tokens each, in order, so that a turn's words stand in the prompt, as well as K slots can say them.
-            share, place = max(1.0, 24 / config.slots), torch.arange(64)
+            self.worth = nn.Linear(width, config.slots + 1)                # of each token to each slot, and to the gist
+            self.place = nn.Parameter(torch.zeros(config.slots, 64))       # and to a slot of its place, from 0 (first) to 63 (last)
+            # They start with neighbouring tokens each, in order, so that a turn's words stand in the prompt, as well as K slots can say them.
             with torch.no_grad():
-                self.place.copy_(-8 * ((place - (share - 1) / 2 - share * torch.arange(config.slots)[:, None]) / share) ** 2)
+                share = 64 / config.slots
+                self.place.copy_(-8 * ((torch.arange(64) + 0.5 - share * (torch.arange(config.slots)[:, None] + 0.5)) / share) ** 2)
                 self.worth.weight.mul_(0.1)
+                self.worth.weight[-1].zero_(), self.worth.bias.zero_()     # the gist starts as a mean
         self.value_map = nn.Parameter(torch.eye(D).repeat(config.slots, 1, 1))     # (K, D, D): slots start as embeddings that the base knows
         self.view, self.log_weights, self.slots = None, None, None
 
     def turns(self, embeddings, states, real):
         """Gists (P, F) and slot values (P, K, D) of P turns: embeddings (P, M, D), states (P, M, D) or None, real (P, M)."""
         embeddings, x = embeddings.float(), self.features(embeddings, states)
-        gist = pooled(x, real)
         if self.config.slots == 1:
-            return gist, pooled(embeddings, real)[:, None] @ self.value_map
-        place = self.place[:, torch.arange(x.shape[1], device=x.device).clamp(max=63)].T
-        scores = self.worth(x).float() + place                             # (P, M, K)
-        weights = scores.masked_fill(~real[..., None], -1e4).softmax(1)
-        return gist, torch.einsum("pmk,pmd,kde->pke", weights, embeddings, self.value_map)
+            return pooled(x, real), pooled(embeddings, real)[:, None] @ self.value_map
+        nth, count = real.cumsum(1) - 0.5, real.sum(1, keepdim=True).clamp(min=1)
+        place = self.place.T[(64 * nth / count).long().clamp(0, 63)]       # (P, M, K)
+        scores = (self.worth(x).float() + F.pad(place, (0, 1))).masked_fill(~real[..., None], -1e4)
+        self.pooling, for_gist = scores.softmax(1).split((self.config.slots, 1), -1)           # (P, M, K) is kept for `copying`
+        return (for_gist * x).sum(1), torch.einsum("pmk,pmd,kde->pke", self.pooling, embeddings, self.value_map)
 
     def features(self, embeddings, states):
         """(…, D), and (…, D) or None -> (…, F), all tokens of one size."""
@@ -176,6 +178,10 @@ class PrefixMemory(Told):
         self.injection = PrefixInjection(self.config, gemma).to(gemma.device)
         self.facts_layer = self.config.gist_after
 
+    def parameter_groups(self):
+        own = self.injection.value_map                                     # starts as good as the base's own embeddings: full steps would first spoil that
+        return [([p for p in self.trainable_parameters() if p is not own], 1.0), ([own], 0.2)]
+
     # -- turns
 
     def turns(self, ids, real, states=None):
@@ -204,6 +210,7 @@ class PrefixMemory(Told):
     def view_of(self, pool, batch):
         valid = batch["valid"]
         gists, values = self.of_pool(pool, batch["episodes"].flatten())    # (G * N, …)
+        self.pooled = self.injection.pooling if self.config.slots > 1 else None
         return PrefixView(self.injection.keys(gists.unflatten(0, valid.shape), valid), values.unflatten(0, valid.shape), valid, self.training)
 
     @torch.no_grad()
@@ -211,6 +218,20 @@ class PrefixMemory(Told):
         n, gnn = len(pool.facts.lengths), self.injection.gnn
         gists, _ = self.of_pool(pool, torch.arange(0, n, max(1, n // 2000), device=self.gemma.device))
         gnn.mean.copy_(gists.mean(0)), gnn.std.copy_(gists.std(0) + 1e-6)
+
+    def copying(self, pool, batch, out):
+        """- log of the attention that some slot has on the tokens of a turn that its answers are made of, mean over those tokens."""
+        if self.pooled is None:
+            return 0.0
+        G, N = batch["valid"].shape
+        row = out["row"]
+        turn = (row[:, None] // (len(batch["known"]) // G)) * N + batch["support"][row]        # (n, 2)
+        place, real = pool.facts.places(batch["episodes"].flatten()[turn])                     # (n, 2, M)
+        hit = real & (pool.facts.ids[place] == out["targets"][:, None, None]) & batch["known"][row][..., None]
+        on = (self.pooled[turn] * hit[..., None]).sum((1, 2)).clamp(max=1)                  # (n, K)
+        missed = (1 - on).prod(1)
+        can = hit.flatten(1).any(1)
+        return -((1 - missed + 1e-6).log() * can).sum() / can.sum().clamp(min=1)
 
     # -- asking
 

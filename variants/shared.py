@@ -133,6 +133,10 @@ class Told(MemoryModel):
             self.view = None
         return made
 
+    def copying(self, pool, batch, out):
+        """What else tells training where the answers are, for the weight `copying`: a loss, or 0.0 where there is no such thing."""
+        return 0.0
+
     def arranged(self, asked):
         """The questions of a batch (an extras.pool.Asked) as this design puts them to the base."""
         return asked
@@ -180,7 +184,9 @@ class PoolLesson:
         out = self.forward(self.pool, batch)
         answer_loss = F.cross_entropy(out["logits"].float(), out["targets"])
         retrieval = retrieval_loss(batch, out["log_weights"])
-        return dict(loss=answer_loss + settings.retrieval * retrieval, answer_loss=answer_loss, retrieval_loss=retrieval)
+        copying = self.model.copying(self.pool, batch, out)
+        return dict(loss=answer_loss + settings.retrieval * retrieval + settings.copying * copying, answer_loss=answer_loss, retrieval_loss=retrieval,
+                    **({"copying_loss": copying} if torch.is_tensor(copying) else {}))
 
     def evaluate(self, silent=False, **options):
         model = self.model.eval()
