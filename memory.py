@@ -405,7 +405,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
             ids = view.tokens.ids[place]
             kept.append(dict(keys=keys[rows[:, None], top], valid=valid.gather(1, top), count=count[graph], real=real,
                              evidence=evidence.gather(2, top[:, None].expand(-1, config.heads, -1)),
-                             token_keys=self.heads(view.tokens.keys_at(place, 0)), values=self.values(ids).flatten(1, 2)))
+                             token_keys=self.heads(view.tokens.keys_at(place, 0)), values=self.values(ids).flatten(1, 2).to(query.dtype)))
             if config.read == "token":
                 kept[-1]["of_all"] = self.token_query_pool[hop](pool)
             if hasattr(self, "said_weight"):
