@@ -437,7 +437,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
                 evidence = evidence.scatter_add(2, each, self.judge(told, real, keys[rows[:, None], top], at_hand))
                 ranked = weigh(evidence)
             kept.append(dict(keys=keys[rows[:, None], top], valid=valid.gather(1, top), count=count[graph], real=F.pad(real, (0, 1), value=True),
-                             evidence=evidence.gather(2, each), values=self.values(F.pad(ids, (0, 1), value=self.end)).flatten(1, 2)))
+                             evidence=evidence.gather(2, each), values=self.values(F.pad(ids, (0, 1), value=self.end)).flatten(1, 2).to(query.dtype)))
             if config.read == "token":
                 end = F.normalize(self.end_key, dim=-1).to(token_keys.dtype).expand(*token_keys.shape[:2], 1, -1, -1)
                 kept[-1].update(of_all=self.token_query_pool[hop](pool), token_keys=torch.cat((token_keys, end), 2))   # (R, r, M + 1, H, C)
