@@ -14,8 +14,8 @@
 
 A layer's own q_proj asks with its normalised hidden states, k_proj and v_proj read the
 packages, and what comes back goes through o_proj, which starts at zero, and a norm of its own. It is added to what the frozen
-self-attention is about to see. Only these projections and norms train. After a response is complete, `generate` archives the
-turn; a fact that is told is a turn without a response. `answer` only asks.
+self-attention is about to see. Only these projections and norms train, and what weighs the turns. After a response is complete,
+`generate` archives the turn; a fact that is told is a turn without a response. `answer` only asks.
 
 Added to the plan that this design comes from:
   * Turns are weighed before they are read: each token of the question looks for the token of a turn that is most like it (late
@@ -25,6 +25,7 @@ Added to the plan that this design comes from:
   * The norm has an epsilon of 1: an ordinary one would blow the first tiny output of a zero-initialised projection up to full size.
   * --package near: beside its final state a token shows its embedding and that of the token before it, and heads start by looking
     for the place after (or at) what was just read. To say a name of three tokens, one has to know what comes after the second.
+  * Training says where the answer's words are, too (`copying`): through all layers of the base that is slow to be found out.
 
 Letters: G memories of a batch · R questions, R / G to each · N turns · k of them are read · M tokens of a turn · L = k M · H heads ·
 C head width · D hidden size · F width of a token of a package: D, 2 D or 3 D.
@@ -112,6 +113,8 @@ class MemoryCrossAttention(nn.Module):
                 keys = self.k_proj.weight.zero_().view(H, C, 3, D)
                 keys[::2, :, 2], keys[1::2, :, 1] = same[::2], same[1::2]  # … the token before, and the token itself
                 self.q_proj.weight.copy_(same.flatten(0, 1) / gain.to(same.device).abs().clamp(min=0.1))
+                values = self.v_proj.weight.zero_().view(H * C, 3, D)      # what is said is the token itself: of states one learns by heart
+                values[:, 1].normal_(std=D ** -0.5)
 
     def split(self, x):
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(-3, -2)              # (..., T, H * C) -> (..., H, T, C)
