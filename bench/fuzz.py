@@ -137,19 +137,25 @@ def spoil_json(rng, value):
 
 
 def spoil_file(rng, path):
+    """Spoil a file, about half of the time in a way that leaves JSON, or the header of a safetensors file, readable."""
     how, blob = rng.random(), path.read_bytes()
     if how < 0.06:
         path.unlink()
         rng.choice([lambda: None, path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to(path), lambda: path.write_bytes(b"")])()
-    elif how < 0.6 and path.suffix == ".json":
-        value = spoil_json(rng, json.loads(blob)) if rng.random() < 0.95 else hostile_value(rng, {})
-        path.write_text(json.dumps(value), encoding="utf-8")
-    elif how < 0.6 and path.suffix == ".safetensors":
-        size = struct.unpack("<Q", blob[:8])[0]
-        header = json.dumps(spoil_json(rng, json.loads(blob[8:8 + size]))).encode()
-        path.write_bytes(struct.pack("<Q", len(header)) + header + blob[8 + size:])
-    else:
-        path.write_bytes(spoil_bytes(rng, blob))
+        return
+    try:
+        if how < 0.6 and path.suffix == ".json":
+            value = spoil_json(rng, json.loads(blob)) if rng.random() < 0.95 else hostile_value(rng, {})
+            path.write_text(json.dumps(value), encoding="utf-8")
+            return
+        if how < 0.6 and path.suffix == ".safetensors":
+            size = struct.unpack("<Q", blob[:8])[0]
+            header = json.dumps(spoil_json(rng, json.loads(blob[8:8 + size]))).encode()
+            path.write_bytes(struct.pack("<Q", len(header)) + header + blob[8 + size:])
+            return
+    except (ValueError, TypeError, RecursionError, struct.error):          # spoilt before, beyond reading
+        pass
+    path.write_bytes(spoil_bytes(rng, blob))
 
 
 # ----------------------------------------------------------------------------------------------------------- the targets
