@@ -72,7 +72,7 @@ class MemoryConfig(Settings):
     gat_dim: int = 32                # C of the graph attention
     sentence_layers: int = 1         # of attention among an episode's tokens, in both directions; 0: frozen states alone
     sentence_dim: int = 128          # width of these
-    reading_layers: int = 1          # of attention between the question and the episodes that are read; 0: none
+    reading_layers: int = 0          # of attention between the question and the episodes that are read; pays from a million questions on
     reading_dim: int = 64            # width of these
     candidates: int = 16             # k: episodes that are compared with the question word by word
     readable: int = 4                # how many of these are then read
@@ -402,59 +402,64 @@ class MemoryInjectionLayer(nn.Module, Injection):
         memo: a dict that keeps what the question chose, for `read_on` at later positions.
         """
         R, T, _ = x.shape
-        G, N = view.valid.shape
-        config, rows = self.config, torch.arange(R, device=x.device)
-        graph = rows // (R // G)
-        count = view.valid.sum(1)
-        spare = 0 if memo is None else -(view.tokens.longest + 1) % 32         # what is kept differs less in shape: see gemma.Decoder
-        last = question.last() if T > 1 else torch.zeros_like(rows)
+        rows, last = torch.arange(R, device=x.device), question.last() if T > 1 else torch.zeros(R, dtype=torch.long, device=x.device)
         pool = question.pool()
         of_all = self.query_pool(pool)                                     # what the question as a whole asks
-        query = self.queries(x, of_all)
-        reading, found, kept = Reading(None, [], [], [], [], [], None, None, None, self.end), None, []
-        for hop in range(config.hops):
-            # 1. Which episodes? The last position of the question asks all, and keeps the best k.
-            at = self.heads(query[rows, last])
-            asked = self.gnn.log_weights(at.view(G, R // G, config.heads, -1), view.keys, view.valid, count).view(R, config.heads, N + 1)
-            best = asked[..., :-1].exp().mean(1).topk(min(config.candidates, N), dim=-1).indices           # (R, k)
-            keys, valid = view.keys[graph[:, None], best], view.valid[graph[:, None], best]
-            # 2. Compared word by word, which of these? The best few will be read.
-            evidence, said_of = self.compare(hop, question, found[rows, last] if hop else None, view, graph, best, keys) \
-                if config.match else (keys.new_zeros(R, config.heads, best.shape[1]), None)
-            weigh = lambda evidence: self.gnn.log_weights(at[:, None], keys, valid, count[graph], evidence)[:, 0]      # (R, H, k + 1)
-            ranked = weigh(evidence)
-            top = ranked[..., :-1].exp().mean(1).topk(min(config.readable, best.shape[1]), dim=-1).indices # (R, r)
-            chosen, each = best.gather(1, top), top[:, None].expand(-1, config.heads, -1)
-            place, real = view.tokens.places(view.episodes[graph[:, None], chosen])
-            place, real = F.pad(place, (0, spare)), F.pad(real, (0, spare))                                # (R, r, M)
-            ids, token_keys = view.tokens.ids[place], self.heads(view.tokens.keys_at(place, self.read_by))
-            if hasattr(self, "meaning"):
-                # 3. Side by side with the question, what do these say to it?
-                told = self.understand(question.features, question.mask, found[rows, last] if hop else None,
-                                       view.tokens.keys_at(place, self.mean_by), real)                     # (R, r, M, dim)
-                token_keys = F.normalize(token_keys + self.heads(self.understood_key(told)).float(), dim=-1).to(token_keys.dtype)
-                at_hand = chosen.masked_fill(~valid.gather(1, top), -1)                                    # an empty place silences nobody
-                evidence = evidence.scatter_add(2, each, self.judge(told, real, keys[rows[:, None], top], at_hand))
-                ranked = weigh(evidence)
-            kept.append(dict(keys=keys[rows[:, None], top], valid=valid.gather(1, top), count=count[graph], real=F.pad(real, (0, 1), value=True),
-                             evidence=evidence.gather(2, each), values=self.values(F.pad(ids, (0, 1), value=self.end)).flatten(1, 2).to(query.dtype)))
-            if config.read == "token":
-                end = F.normalize(self.end_key, dim=-1).to(token_keys.dtype).expand(*token_keys.shape[:2], 1, -1, -1)
-                kept[-1].update(of_all=self.token_query_pool[hop](pool), token_keys=torch.cat((token_keys, end), 2))   # (R, r, M + 1, H, C)
-            if hasattr(self, "said_weight"):
-                kept[-1]["said"] = F.pad(said_of(chosen), (0, spare))                                      # (R, H, r, M)
+        query, found, kept = self.queries(x, of_all), None, []
+        spare = 0 if memo is None else -(view.tokens.longest + 1) % 32     # what is kept differs less in shape: see gemma.Decoder
+        reading = Reading(None, [], [], [], [], [], None, None, None, self.end)
+        for hop in range(self.config.hops):
+            # The last position of the question chooses for all.
+            choice = self.choose(hop, question, pool, self.heads(query[rows, last]), found[rows, last] if hop else None, view, spare)
+            kept.append(choice["kept"])
             weights, inside, reading.context = self.attend(hop, x, query, kept[-1])
-            for shown, new in zip((reading.asked, reading.candidates, reading.ranked, reading.chosen, reading.weights),
-                                  (asked, best, ranked, chosen, weights)):
-                shown.append(new)
-            if hop + 1 < config.hops:
+            reading.weights.append(weights)
+            for name in ("asked", "candidates", "ranked", "chosen"):
+                getattr(reading, name).append(choice[name])
+            if hop + 1 < self.config.hops:
                 # What was found asks on: "Maria's brother is Tom" turns a question about Maria into one about Tom.
                 found = reading.context.mean(2)
                 query = query + self.hop_query[hop](found)
-        reading.token_ids, reading.token_weights, reading.end_weights = ids.masked_fill(~real, -1), inside[..., :-1], inside[..., -1]
+        reading.token_ids, reading.token_weights, reading.end_weights = choice["token_ids"], inside[..., :-1], inside[..., -1]
         if memo is not None:
             memo.update({name: torch.stack([of[name] for of in kept]) for name in kept[0]}, query=of_all)
         return reading
+
+    def choose(self, hop, question, pool, at, found, view, spare):
+        """Which episodes are read. pool (R, 1, F) the whole question; at (R, H, C) what asks; found (R, D) by the hop before, or
+        None; spare: empty places behind an episode's tokens. Returns what a Reading has of these names, and `kept`, what
+        `attend` needs to know of those that are read."""
+        config, (G, N), R = self.config, view.valid.shape, len(at)
+        graph, count = torch.arange(R, device=at.device) // (R // G), view.valid.sum(1)
+        # 1. Which episodes? The best k by their keys.
+        asked = self.gnn.log_weights(at.view(G, R // G, config.heads, -1), view.keys, view.valid, count).view(R, config.heads, N + 1)
+        best = asked[..., :-1].exp().mean(1).topk(min(config.candidates, N), dim=-1).indices               # (R, k)
+        keys, valid = view.keys[graph[:, None], best], view.valid[graph[:, None], best]
+        weigh = lambda evidence: self.gnn.log_weights(at[:, None], keys, valid, count[graph], evidence)[:, 0]          # (R, H, k + 1)
+        # 2. Compared word by word, which of these? The best few will be read.
+        evidence, said_of = self.compare(hop, question, found, view, graph, best, keys) if config.match \
+            else (keys.new_zeros(R, config.heads, best.shape[1]), None)
+        ranked = weigh(evidence)
+        top = ranked[..., :-1].exp().mean(1).topk(min(config.readable, best.shape[1]), dim=-1).indices     # (R, r)
+        chosen, each = best.gather(1, top), top[:, None].expand(-1, config.heads, -1)
+        place, real = (F.pad(t, (0, spare)) for t in view.tokens.places(view.episodes[graph[:, None], chosen]))        # (R, r, M)
+        ids, token_keys = view.tokens.ids[place], self.heads(view.tokens.keys_at(place, self.read_by))
+        kept = dict(keys=keys.gather(1, top[..., None, None].expand(-1, -1, *keys.shape[2:])), valid=valid.gather(1, top), count=count[graph],
+                    real=F.pad(real, (0, 1), value=True), values=self.values(F.pad(ids, (0, 1), value=self.end)).flatten(1, 2).to(at.dtype))
+        if hasattr(self, "meaning"):
+            # 3. Side by side with the question, what do these say to it?
+            told = self.understand(question.features, question.mask, found, view.tokens.keys_at(place, self.mean_by), real)    # (R, r, M, dim)
+            token_keys = F.normalize(token_keys + self.heads(self.understood_key(told)).float(), dim=-1).to(token_keys.dtype)
+            at_hand = chosen.masked_fill(~kept["valid"], -1)                                               # an empty place silences nobody
+            evidence = evidence.scatter_add(2, each, self.judge(told, real, kept["keys"], at_hand))
+            ranked = weigh(evidence)
+        kept["evidence"] = evidence.gather(2, each)
+        if config.read == "token":
+            end = F.normalize(self.end_key, dim=-1).to(token_keys.dtype).expand(*token_keys.shape[:2], 1, -1, -1)
+            kept.update(of_all=self.token_query_pool[hop](pool), token_keys=torch.cat((token_keys, end), 2))           # (R, r, M + 1, H, C)
+        if hasattr(self, "said_weight"):
+            kept["said"] = F.pad(said_of(chosen), (0, spare))                                              # (R, H, r, M)
+        return dict(asked=asked, candidates=best, ranked=ranked, chosen=chosen, token_ids=ids.masked_fill(~real, -1), kept=kept)
 
     def read_on(self, x, memo):
         """What later positions read, x (R, T, F), of the episodes that the question chose: context (R, T, H, D)."""

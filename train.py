@@ -47,7 +47,7 @@ class TrainConfig:
     variant: str = field(default="graph", metadata={"help": f"the design of the memory: {', '.join(variants.NAMES)}"})
     model: str = field(default="tiny", metadata={"help": "the base: tiny, gemma-3-270m, a folder, or a Hub id"})
     out: str = field(default="out/memory", metadata={"help": "folder for the trained memory, its checkpoint and log"})
-    steps: int = field(default=400, metadata={"help": "optimizer steps"})
+    steps: int = field(default=320, metadata={"help": "optimizer steps"})
     minutes: float = field(default=0.0, metadata={"help": "end after so many minutes of training if the steps are not done by then; 0: never"})
     batch: int = field(default=64, metadata={"help": "R: questions a step"})
     accumulate: int = field(default=1, metadata={"help": "batches whose gradients are added up to one step; several processes share them out"})

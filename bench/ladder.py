@@ -43,7 +43,7 @@ UNENDING = 10**6                            # steps of a run that ends by the cl
 
 # ------------------------------------------------------------------------------------------------------ the designs
 
-PLAN = dict(node_features="embedding", query="pooled", read="episode", identity_values=False, cosine_keys=False, sentence_layers=0, match=False, said=False,
+PLAN = dict(node_features="embedding", query="pooled", read="episode", identity_values=False, cosine_keys=False, sentence_layers=0, reading_layers=0, match=False, said=False,
             graph=False, time_edges=False, similar_edges=False, hops=1, open_words=False, retrieval=0.0, copying=0.0)
 
 # Edges in time and the GAT come together: neither does anything without the other, as long as no words are compared.
@@ -63,13 +63,15 @@ RUNGS = (
     ("match", "candidates compared word by word", dict(match=True)),
     ("said", "readers know what the question says itself", dict(said=True)),
     ("similar-edges", "later episodes silence earlier ones", dict(similar_edges=True)),
-    ("two-hops", "asks twice: the final design", dict(hops=2)),
+    ("two-hops", "asks twice", dict(hops=2)),
+    ("reading", "question and episode side by side: the final design", dict(reading_layers=1)),
 )
 TAKEN_AWAY = (
     ("without-time-edges", "no edges in time, and no words borrowed", dict(time_edges=False)),
     ("without-gat", "no GAT", dict(graph=False)),
     ("without-similar-edges", "no similarity edges", dict(similar_edges=False)),
     ("without-sentence", "tokens know only what stands before them", dict(sentence_layers=0)),
+    ("without-reading", "no question beside the episode", dict(reading_layers=0)),
     ("without-match", "no words compared, and nothing that builds on it", dict(match=False)),
     ("without-copying-loss", "no copying loss", dict(copying=0.0)),
     ("without-retrieval-loss", "no retrieval loss", dict(retrieval=0.0)),

@@ -411,3 +411,13 @@ def test_a_damaged_log_is_named(command, trained, tmp_path):
         (out / "log.jsonl").write_bytes(blob)
         with pytest.raises(InputError, match="log.jsonl"):
             train.main([*command, "--out", str(out), "--steps", "2", "--resume"])
+
+
+@pytest.mark.parametrize("name", ["memory.json", "cache.safetensors", "episodes.jsonl"])
+def test_the_fuzzer_spoils_what_is_spoilt(name, tmp_path):
+    """Catches a fuzzer that dies of a file which it has spoilt before, and takes that for a fault of the project."""
+    for seed in range(300):
+        path = tmp_path / str(seed) / name
+        path.parent.mkdir()
+        path.write_bytes([b"", b"{", b"\xff" * 20, b'{"a": [1]}', b"\x08\0\0\0\0\0\0\0{\"a\": 1 "][seed % 5])
+        fuzz.spoil_file(random.Random(seed), path)

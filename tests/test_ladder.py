@@ -50,10 +50,10 @@ def test_one_change_a_rung_from_the_plan_to_the_defaults():
         # The GAT and its edges come together: one without the other changes nothing there.
         assert len(rung.changes) == 1 or rung.changes == dict(graph=True, time_edges=True), rung.name
     settings = dict(model="toy", steps=7, batch=16)
-    assert rungs[-1].name == ladder.FINAL and rungs[-1].configs(settings, False) == (TrainConfig(**settings), MemoryConfig())
+    assert rungs[-1].name == ladder.FINAL and rungs[-1].configs(settings, False) == (TrainConfig(**settings), MemoryConfig(reading_layers=1))
     # Whatever can be switched in a memory is on the road; what is only a size is not.
     switches = {f.name for f in fields(MemoryConfig) if type(f.default) in (bool, str)} - {"chat"}
-    assert switches | {"hops", "open_words", "retrieval", "copying", "sentence_layers"} == set(ladder.PLAN)
+    assert switches | {"hops", "open_words", "retrieval", "copying", "sentence_layers", "reading_layers"} == set(ladder.PLAN)
 
 
 def test_the_other_groups_leave_the_final_design_in_one_point():
@@ -62,7 +62,7 @@ def test_the_other_groups_leave_the_final_design_in_one_point():
     final = next(d for d in every if d.name == ladder.FINAL)
     others = [d for d in every if d.group != ladder.LADDER]
     assert [d.number for d in every] == list(range(1, len(every) + 1)) and len({d.name for d in every}) == len(every)
-    assert len(others) == 11 and all(len(d.changes) == 1 and differing(final.choices, d.choices) == set(d.changes) for d in others)
+    assert len(others) == 12 and all(len(d.changes) == 1 and differing(final.choices, d.choices) == set(d.changes) for d in others)
 
 
 @pytest.mark.parametrize("layers, final, others", [(26, 8, [2, 4, 12, 16]), (12, 8, [2, 4, 12]), (4, 2, [4])])
@@ -77,14 +77,14 @@ def test_selection():
     """Catches a range that leaves out its last rung, and numbers that depend on the base."""
     assert ladder.selection("1-3,gat") == {"plan", "open-words", "hidden-nodes", "gat"}
     assert ladder.selection("without") == {name for name, *_ in ladder.TAKEN_AWAY}
-    assert ladder.selection("27") == {"after-16"} and ladder.selection("without-gat,16") == {"without-gat", "two-hops"}
+    assert ladder.selection("29") == {"after-16"} and ladder.selection("without-gat,16") == {"without-gat", "two-hops"}
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 def test_measures_what_training_measures(base, monkeypatch):
     """Catches a judge of its own that is kinder or stricter than train.evaluate, or asks other questions."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     config = MemoryConfig(inject_after=2, heads=2, key_dim=16, token_key_dim=8, gat_dim=8)
     model = GemmaWithMemory(Gemma.from_pretrained(base), Tokenizer(base), config, base)
     monkeypatch.setattr(ladder, "ROWS", 64)
@@ -154,11 +154,11 @@ def test_gains(tmp_path):
     def row(right):
         cell = {name: share(right, 100) for name in ("recall", "first", *ladder.ANSWERABLE)}
         return dict(held_out={"16": cell, "64": cell}, unseen_phrasings={"16": cell, "64": cell}, questions_learnt_from=2000)
-    names = {"plan": 1, "open-words": 5, "identity-values": 20, "two-hops": 80, "without-gat": 70, "after-4": 85}
+    names = {"plan": 1, "open-words": 5, "identity-values": 20, "reading": 80, "without-gat": 70, "after-4": 85}
     result = dict(layers=12, rungs={name: row(right) for name, right in names.items()})
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in ladder.report(result).splitlines() if line.startswith("| ")]
     gains = [(line[0], line[3]) for line in cells if len(line) == 9 and line[0]]
-    assert gains == [("1", "–"), ("2", "+4.0"), ("4", "–"), ("16", "–"), ("16", "–"), ("18", "-10.0"), ("25", "+5.0"), ("16", "–")]
+    assert gains == [("1", "–"), ("2", "+4.0"), ("4", "–"), ("17", "–"), ("17", "–"), ("19", "-10.0"), ("27", "+5.0"), ("17", "–")]
     if importlib.util.find_spec("matplotlib"):
         assert ladder.plot(result, tmp_path / "ladder.png") and (tmp_path / "ladder.png").stat().st_size > 5000
         assert not ladder.plot(dict(layers=12, rungs={"plan": dict(failed="step 9")}), tmp_path / "none.png")

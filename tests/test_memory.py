@@ -652,8 +652,9 @@ def test_every_option_runs_end_to_end(folder, tmp_path, options):
     model.save_pretrained(tmp_path)
     again = GemmaWithMemory.from_pretrained(tmp_path)
     assert again.config == model.config
+    model.train()
     model.injection.load_state_dict(again.injection.state_dict())          # both as rounded by saving
-    model.eval()
+    model.eval()                                                           # keys are made anew
     again.add_to_memory(model.memory_graph.texts)
     assert again.answer(QUESTIONS, max_new_tokens=6) == model.answer(QUESTIONS, max_new_tokens=6)
 

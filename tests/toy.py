@@ -57,7 +57,7 @@ def toy_model(folder, seed=0, **memory_options):
     words of random vectors are alike by chance (threshold), and later episodes silence earlier ones (similarity).
     """
     folder = toy_base(Path(folder).resolve(), seed)
-    options = dict(inject_after=2, heads=2, key_dim=16, token_key_dim=8, gat_dim=8, candidates=4, readable=2, value_scale=2.0)
+    options = dict(inject_after=2, heads=2, key_dim=16, token_key_dim=8, gat_dim=8, candidates=4, readable=2, value_scale=2.0, reading_layers=1, reading_dim=16)
     torch.manual_seed(seed + 1)
     model = GemmaWithMemory(Gemma.from_pretrained(folder), Tokenizer(folder), MemoryConfig(**{**options, **memory_options}), folder)
     for name, p in model.injection.named_parameters():
