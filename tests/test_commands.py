@@ -44,14 +44,16 @@ COMMANDS = {
     'uv run --extra weights generate.py --model gemma-3-270m --memory facts.txt "When is the deadline of the Falcon project?"': (AS_PRINTED, "^17 November$"),
     'python train.py': (TRAIN, Path("out/memory/curves.png")),
     'python generate.py --model out/memory --memory facts.txt "Where does Maria live?"': (AS_PRINTED, ""),
-    'python train.py --model gemma-3-270m --sentence-layers 2 --steps 20000 --minutes 5.9 --batch 1024 --bundles 120000 --workers 16 --facts 256 '
-    '--lr 1.2e-3 --warmup 100 --tokens 44 --eval-every 400 --dropout 0.1 --copying 0.3 --compile --out out/C':
-        (TRAIN + LARGE + "--sentence-layers 2 --minutes 5.9 --copying 0.3 --out out/C", Path("out/C/memory.json")),
-    'torchrun --nproc_per_node=3 train.py --model gemma-3-270m --sentence-layers 2 --init out/C --seed 1 --steps 20000 --minutes 5.5 --batch 512 '
-    '--accumulate 3 --bundles 120000 --workers 16 --facts 256 --lr 1.2e-3 --warmup 100 --tokens 44 --eval-every 700 --dropout 0.1 --compile --out out/270m':
+    'torchrun --nproc_per_node=2 train.py --model gemma-3-270m --sentence-layers 2 --reading-layers 3 --reading-dim 160 --candidates 32 --readable 6 '
+    '--steps 20000 --minutes 6.6 --batch 512 --accumulate 2 --bundles 120000 --workers 16 --facts 256 --lr 1.2e-3 --warmup 100 --tokens 44 --eval-every 500 '
+    '--dropout 0.1 --compile --out out/A':
+        (TRAIN + LARGE + "--sentence-layers 2 --reading-layers 3 --reading-dim 8 --candidates 32 --readable 6 --minutes 6.6 --out out/A", Path("out/A/memory.json")),
+    'torchrun --nproc_per_node=2 train.py --model gemma-3-270m --sentence-layers 2 --reading-layers 3 --reading-dim 160 --candidates 32 --readable 6 '
+    '--init out/A --seed 1 --steps 20000 --minutes 5.6 --batch 1024 --accumulate 2 --bundles 120000 --workers 15 --first-facts 32 --facts 256 --lr 1.2e-3 '
+    '--warmup 50 --tokens 44 --eval-every 400 --dropout 0.1 --compile --out out/270m':
         ("tests/test_train.py::test_two_processes_take_the_steps_of_one", "torch.distributed.run"),
-    'python train.py --model tiny --steps 20000 --minutes 6.9 --batch 1024 --bundles 100000 --workers 14 --facts 128 --warmup 100 --tokens 56 '
-    '--eval-every 500 --compile --out out/tiny': (TRAIN + LARGE + "--minutes 6.9 --out out/tiny", Path("out/tiny/memory.json")),
+    'python train.py --model tiny --reading-layers 1 --steps 20000 --minutes 6.9 --batch 1024 --bundles 100000 --workers 14 --facts 128 --warmup 100 --tokens 56 '
+    '--eval-every 500 --compile --out out/tiny': (TRAIN + LARGE + "--reading-layers 1 --reading-dim 8 --minutes 6.9 --out out/tiny", Path("out/tiny/memory.json")),
     'python -m tiny.pretrain --out tiny --steps 15000 --documents 1000000':
         ("python -m tiny.pretrain --out {tmp}/pretrained --quick --steps 1 --batch 2 --documents 19200 --workers 1", Path("pretrained/model.safetensors")),
     'python -m tiny.pretrain --chapters variants/configs/chapters.json --out out/tiny-bank':
