@@ -51,7 +51,7 @@ def refusal(name):
 def edits(name):
     """What is left after edits, and what ordinary text feels of unrelated facts."""
     result, lead = measured(name)
-    return f"{lead}\n\n" + report({what: result[what] for what in ("edits", "locality")})
+    return f"{lead}\n\n" + report({what: result[what] for what in ("edits", "locality") if what in result})
 
 
 def natural(name):
