@@ -81,12 +81,13 @@ def trace(model, question):
         at = len(prompt) - 1 + k                                           # where this token was what comes next
         inside = reading.token_weights[0, at].float()                      # (H, r, M)
         added = [torch.zeros(len(inside), int(g.max()) + 1, device=g.device).index_add(1, g, inside[:, c, :len(g)]) for c, g in enumerate(groups)]
+        added = [torch.cat((part, reading.end_weights[0, at, :, c:c + 1].float()), 1) for c, part in enumerate(added)]
         p, q = logits[k].float().softmax(-1), alone[k].float().softmax(-1)
         likely = sorted({*p.topk(LIKELY).indices.tolist(), *q.topk(LIKELY).indices.tolist(), token}, key=lambda t: -p[t])
         result["steps"].append(dict(
             token=token, text=label(model.tokenizer, token), ends=token in model.stop, p=[rounded(p[token]), rounded(q[token])],
             weights=[rounded(w[0, at].exp()) for w in reading.weights],    # [hop][head][chosen, null last]
-            inside=[[rounded(part[head]) for part in added] for head in range(config.heads)],  # [head][chosen][piece], at the last hop
+            inside=[[rounded(part[head]) for part in added] for head in range(config.heads)],  # [head][chosen][piece, and the end last], at the last hop
             next=[[label(model.tokenizer, t), rounded(p[t]), rounded(q[t])] for t in likely]))  # with the memory, without it
     return result
 

@@ -49,7 +49,7 @@ def test_it_shows_what_was_read_while_answering(load):
     found = explained(model)
     ids, mask = model.batch([QUESTION])
     shown = list(found["steps"])
-    assert len(shown) == 8 and [step["token"] for step in shown] == model.answered[0]
+    assert len(shown) > 4 and [step["token"] for step in shown] == model.answered[0]
     attend, passes = model.injection.attend, []
     model.injection.attend = lambda *given: passes.append(attend(*given)) or passes[-1]
     generated = [token.item() for token in model.stream(ids, max_new_tokens=8, stop=model.stop)]
@@ -63,7 +63,8 @@ def test_it_shows_what_was_read_while_answering(load):
         for head in range(model.config.heads):
             for c, inside in enumerate(step["inside"][head]):
                 real, read = reading.token_ids[0, c] >= 0, passes[at * hops + hops - 1][1][0, -1, head, c]
-                assert sum(inside) == pytest.approx(1, abs=1e-2) and max(inside) == pytest.approx(max(read[:int(real.sum())].tolist()), abs=1e-3)
+                assert sum(inside) == pytest.approx(1, abs=1e-2) and max(inside[:-1]) == pytest.approx(max(read[:int(real.sum())].tolist()), abs=1e-3)
+                assert inside[-1] == pytest.approx(read[-1].item(), abs=1e-3)          # the end
     assert found["null"] == pytest.approx(model.recall(QUESTION)[1], abs=1e-3)
     for hop, of in enumerate(found["hops"]):                               # the three stages: by key, word by word, read
         for c, row in enumerate(of["candidates"]):
