@@ -145,7 +145,7 @@ def check_keys(model, folder):
     texts = list(graph.texts)
     model.clear_memory()
     remember(model, ids, texts, Known.of(graph), progress=False)
-    if keys.shape != graph.tokens.keys.shape or not torch.allclose(keys, graph.tokens.keys, atol=1e-3):
+    if keys.shape != graph.tokens.keys.shape or not torch.allclose(keys, graph.tokens.keys, rtol=2e-3, atol=1e-3):     # float16
         raise Loss(f"{folder}: the cache holds other keys than the texts give")
     model.clear_memory()
 

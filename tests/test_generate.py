@@ -152,7 +152,7 @@ def test_why(run, folder, facts):
     model = GemmaWithMemory.from_pretrained(folder)
     model.add_to_memory(FACTS)
     differ = lambda question: (model.recall(question), model.weights(0)[0, :-1].argmax() != model.weights(1)[0, :-1].argmax())[1]
-    question = next(filter(differ, (f"What about {word}?" for fact in FACTS for word in fact.split())))      # whose two hops find different facts
+    question = next(filter(differ, (f"{ask} {word}?" for ask in ("What about", "Who is", "Where was the", "") for fact in FACTS for word in fact.split())))      # whose two hops find different facts
     code, out, err = run("--memory", facts, "--why", question)
     assert (code, out) == (0, expected(folder, question) + "\n")
     *episodes, null = bars(err)
