@@ -10,6 +10,8 @@ Four ideas do the work; `bench/ladder.py` measures what each is worth:
   * what it reads of a token is that token's row of the embedding table, through a map that starts as a small identity:
     the frozen output head is the same table, so the memory speaks its language from the first step;
   * a null episode, whose value is nothing, takes the attention when no episode answers: so the memory can be silent.
+With `reading_layers`, as in the memories that are shipped, the few episodes that are read are laid beside the question first: in
+"Since 2019 it takes 12 minutes" it depends on the question which number is the answer.
 
 Letters: G memories of a batch (1 outside of training) · R rows, R / G questions to each memory · T tokens of a row ·
 N episodes · k candidates, of which some are read · M tokens of an episode · H heads · D hidden size · F = 2 D features of a
