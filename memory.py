@@ -267,6 +267,7 @@ LOOKBACK = 2                         # sentences before a pronoun's that may say
 NEAR = 2                             # tokens before and after one that may be what the question says
 WORDS = 12                           # the most telling words of a question are compared
 WINDOW = 32                          # tokens that ask together where no prompt is marked
+HUSHED = 0.1                         # and what they find is heard where null weighs less than this: nobody may have asked
 
 
 @dataclass
@@ -601,7 +602,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         """No prompt is marked: every position asks for itself, with the WINDOW tokens up to it, so that none sees its future.
 
         Returns the context (B, T, H, D), and where it is to be heard (B, T): text that asks nothing is left as it is, to the
-        bit, so a position for which null outweighs all episodes hears nothing.
+        bit, so a position hears nothing unless the memory is nearly sure that it was asked.
         """
         B, T, _ = x.shape
         windows = F.pad(x, (0, 0, WINDOW - 1, 0)).unfold(1, WINDOW, 1).flatten(0, 1)                       # (B * T, F, WINDOW)
@@ -609,7 +610,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         parts = [self.read(at, Question(window.mT, mask), self.view)
                  for at, window, mask in zip(x.reshape(B * T, 1, -1).split(256), windows.split(256), masks.split(256))]
         null = torch.cat([part.ranked[-1][..., -1].exp().mean(1) for part in parts])                       # (B * T,)
-        return torch.cat([part.context for part in parts]).unflatten(0, (B, T))[:, :, 0], (null < 0.5).view(B, T)
+        return torch.cat([part.context for part in parts]).unflatten(0, (B, T))[:, :, 0], (null < HUSHED).view(B, T)
 
 
 def pooled(x, mask):

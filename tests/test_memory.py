@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from gemma import BOS, PAD, Gemma, InputError, KVCache, Tokenizer
-from memory import DONT_KNOW, LOOKBACK, NEAR, WINDOW, WORDS, GemmaWithMemory, MemoryConfig, MemoryView, Question, TokenStore
+from memory import DONT_KNOW, HUSHED, LOOKBACK, NEAR, WINDOW, WORDS, GemmaWithMemory, MemoryConfig, MemoryView, Question, TokenStore
 from toy import FACTS, one_thread, toy_base, toy_model  # noqa: F401 (one_thread is a fixture)
 
 QUESTIONS = ["Where does Maria live?", "What is Tom's locker code?", "Who has the red bike that we saw yesterday?", "Who?"]
@@ -217,7 +217,7 @@ def test_bare_forward_is_causal(full):
 
 
 def test_text_that_asks_nothing_is_left_as_it_is(full):
-    """Catches a memory that murmurs: a position whose null outweighs all episodes, though it doesn't take all, keeps the base's logits."""
+    """Catches a memory that murmurs: a position whose null weighs something, though it doesn't take all, keeps the base's logits."""
     ids = torch.tensor([full.tokenizer.encode(FACTS[0] + " " + FACTS[3])])
     with torch.no_grad():
         base = full.gemma(ids)
@@ -493,7 +493,7 @@ def test_without_a_prompt_each_position_asks_with_its_window(full):
         window = slice(max(0, t - WINDOW + 1), t + 1)
         alone = layer.read(x[row:row + 1, t:t + 1], Question(x[row:row + 1, window], layer.speaking[row:row + 1, window]), layer.view)
         torch.testing.assert_close(context[row, t], alone.context[0, 0], rtol=1e-4, atol=1e-4)
-        assert bool(heard[row, t]) == (alone.ranked[-1][0, :, -1].exp().mean().item() < 0.5)
+        assert bool(heard[row, t]) == (alone.ranked[-1][0, :, -1].exp().mean().item() < HUSHED)
 
 
 @torch.no_grad()
