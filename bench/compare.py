@@ -393,7 +393,7 @@ def parse_arguments(arguments):
 
 
 # What must be the same for jobs to be compared.
-ALIKE = ("model", "seed", "sizes", "turns", "examples", "batch_size", "bundles", "facts", "questions", "taught_examples", "taught", "shipped")
+ALIKE = ("model", "seed", "sizes", "turns", "examples", "batch_size", "bundles", "facts", "questions", "minutes", "taught_examples", "taught", "shipped")
 
 
 def begun(args):
