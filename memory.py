@@ -74,7 +74,7 @@ class MemoryConfig(Settings):
     gat_dim: int = 32                # C of the graph attention
     sentence_layers: int = 1         # of attention among an episode's tokens, in both directions; 0: frozen states alone
     sentence_dim: int = 128          # width of these
-    reading_layers: int = 0          # of attention between the question and the episodes that are read; pays from a million questions on
+    reading_layers: int = 0          # of attention between the question and the episodes that are read: slow to learn, doubles a step on a CPU
     reading_dim: int = 64            # width of these
     candidates: int = 16             # k: episodes that are compared with the question word by word
     readable: int = 4                # how many of these are then read

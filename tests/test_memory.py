@@ -290,8 +290,8 @@ def test_packed_memories_are_separate_memories(full, similar_edges):
     """Catches training batches in which a question reads or compares another memory's episodes, or a padded one, which also
     must not silence others; and rows that answer with another row's candidates or words."""
     full.injection.config = replace(full.config, similar_edges=similar_edges)
-    full.injection.similarity.bias.fill_(0.0)
-    parts = [FACTS[:3], FACTS[3:8], ["x", "y"]]                            # fewer than there are candidates, and just enough
+    full.injection.similarity.bias.fill_(0.0), full.injection.outdated.bias.fill_(5.0)
+    parts = [FACTS[:3], FACTS[3:8], ["x"]]                                 # fewer than there are candidates, just enough, fewer than are read
     view, views = packed(full, parts)
     x, question = random_question(full, 6)                                 # two questions to each memory
     together = full.injection.read(x, question, view)
