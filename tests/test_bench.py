@@ -274,12 +274,3 @@ def test_bad_input_is_one_sentence(folder, options, capsys, monkeypatch, tmp_pat
         run(recall.main)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert stopped.value.code == 2 and len(said) == 1 and not (tmp_path / "out").exists()
-
-
-def test_readme_holds_what_was_measured():
-    """Catches a figure typed by hand into README.md, or a result that was measured again and not put there."""
-    from bench.readme import ROOT, filled
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.count("<!-- figures:") >= 3
-    assert filled(text) == text
-    assert filled(text.replace("| gemma-3-270m |", "| gemma-3-270m | 99 |")) == text

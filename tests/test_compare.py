@@ -5,7 +5,7 @@ import json
 import pytest
 
 import train
-from bench import compare
+from bench import compare, readme
 from gemma import InputError
 from toy import one_thread, toy_base  # noqa: F401 (one_thread is a fixture)
 from variants.facts import TaughtLesson
@@ -56,6 +56,23 @@ def test_the_report_has_a_column_for_each(measured):
     assert lines["recall, 4 facts"][0] == "50.0 (25.0–75.0)" and lines["examples trained on"] == ["8", "8", "–", "–"]
     assert lines["told in turn 1, 2 turns later"][1] == "–" != lines["told in turn 1, 2 turns later"][2]
     assert lines["seconds to remember a fact"][0] != "–" != lines["seconds to remember a fact"][1]
+
+
+def test_the_short_table_has_a_row_for_each(measured, monkeypatch, tmp_path):
+    """Catches figures in the wrong column of README.md's table of designs, and a plot that a page in docs/ doesn't find."""
+    _, _, out = measured
+    result = json.loads((out / "compare.json").read_text())
+    result["designs"]["prefix"]["recall 4"]["recall"] = dict(share=0.5, low=0.25, high=0.75, right=2, n=4)
+    result["designs"]["prefix"]["cost"]["bytes_per_fact"] = 1234
+    monkeypatch.setattr(readme, "HERE", tmp_path)
+    assert readme.designs_in_short() == readme.compared("gemma-3-270m") and "not been measured" in readme.designs_in_short()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "compare-gemma-3-270m.json").write_text(json.dumps(result))
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme.designs_in_short().splitlines() if line.startswith("|")]
+    assert [row[0] for row in rows] == ["prefix", "LoRA", "facts in the prompt", "no memory"]
+    prefix, lora = (dict(zip(head, row)) for row in rows[:2])
+    assert prefix["recall, 4 facts"] == "50.0" and prefix["bytes a fact"] == "1,234" and lora["update"] == "–" != prefix["update"]
+    assert "](../bench/results/compare-gemma-3-270m.png)" in readme.compared("gemma-3-270m")
 
 
 def test_other_settings_are_not_mixed_in(measured):

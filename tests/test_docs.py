@@ -1,11 +1,11 @@
-"""README.md and docs/: every name they mention is still there, links lead somewhere, quoted code is the code."""
+"""README.md and docs/: every name they mention is still there, links lead somewhere, figures were measured, quoted code is the code."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from bench.readme import ROOT, code, filled, find
+from bench.readme import FIGURES, ROOT, code, filled, find
 from gemma import InputError
 from test_commands import PAGES, PROGRAMS
 
@@ -29,15 +29,24 @@ def known(name):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_what_they_name(page):
-    """Catches a function that was renamed or moved to another file, and a file or picture that is gone."""
+    """Catches a function that was renamed or moved to another file, and a file, a picture or a section that is gone."""
     links = re.findall(r"!?\[([^\]]*)\]\(([^)]+)\)", prose(page))
     for text, target in links:
         if "://" in target:
             continue
-        assert (page.parent / target).resolve().is_relative_to(ROOT) and (page.parent / target).is_file(), target
-        if target.endswith(".py"):
-            find((page.parent / target).resolve().relative_to(ROOT), text.strip("`"))
+        name, _, section = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.is_relative_to(ROOT) and file.is_file(), target
+        if section:
+            assert section in anchors(file), target
+        if name.endswith(".py"):
+            find(file.relative_to(ROOT), text.strip("`"))
     assert links
+
+
+def anchors(page):
+    """What the headings of a page are called in a link."""
+    return [re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)", prose(page), re.M)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -57,11 +66,20 @@ def test_every_name_between_backticks_is_there(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_quoted_code_is_the_code(page):
-    """Catches code that was changed after a page quoted it; python -m bench.readme quotes it anew."""
+def test_figures_and_code_are_what_they_say(page):
+    """Catches a figure typed by hand, a result that was measured again and code that was changed, each without python -m bench.readme."""
     text = page.read_text(encoding="utf-8")
     assert filled(text) == text
-    assert filled(re.sub(r"(<!-- code: .*? -->).*?(<!-- end -->)", r"\1\2", text, flags=re.S)) == text
+    emptied, blocks = re.subn(r"(<!-- (?:code|figures): .*? -->).*?(<!-- end -->)", r"\1\2", text, flags=re.S)
+    assert blocks >= 1 and len(emptied) < len(text) and filled(emptied) == text
+
+
+def test_every_figure_is_on_a_page():
+    """Catches a kind of figures that no page shows any more, and one that is asked for under another name."""
+    shown = [block for page in PAGES for block in re.findall(r"<!-- figures: (.*?) -->", page.read_text(encoding="utf-8"))]
+    assert len(shown) == len(set(shown)) and {block.split()[0] for block in shown} == set(FIGURES)
+    with pytest.raises(InputError, match="survivel"):
+        filled("<!-- figures: survivel -->\n<!-- end -->")
 
 
 def test_finding_names(tmp_path):
