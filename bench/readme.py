@@ -172,8 +172,8 @@ def recall_in_short():
     for title, names in {"Gemma 3 270M": ("gemma-3-270m", "gemma-3-270m-large"), "tiny": ("tiny",)}.items():
         at = {(r["facts"], r["kind"], r["phrasings"]): r for name in names for r in saved(name)["recall"]}
         for N in (N for N in SHOWN if (N, "lookup", "test") in at):
-            found = [at[N, kind, phrasings]["recall"] for kind, phrasings in (("lookup", "train"), *((kind, "test") for kind in ANSWERABLE))]
-            reach = max([reach, *(max(s["high"] - s["share"], s["share"] - s["low"]) for s in found)])
+            found = [at.get((N, *key), {}).get("recall") for key in (("lookup", "train"), *((kind, "test") for kind in ANSWERABLE))]
+            reach = max([reach, *(max(s["high"] - s["share"], s["share"] - s["low"]) for s in found if s)])
             rows.append([title, f"{N:,}", *map(percent, found), percent(at[N, "lookup", "test"]["first"])])
     head = ["memory", "facts", "lookup, trained phrasings", *ANSWERABLE, "lookup: right sentence first"]
     return f"Answered exactly, % (95% intervals reach at most {100 * reach:.0f} points to either side):\n\n{table(head, rows)}"
@@ -185,7 +185,7 @@ def others_in_short():
     rows.append(["sentences and questions written by hand", f"{percent(by_hand['exact'])} answered exactly, right sentence first for {percent(by_hand['first'])}"])
     rows.append(["the same, questions without an answer", f"{percent(by_hand['refused_rightly'])} refused, as are {percent(by_hand['refused_wrongly'])} of those with one"])
     r = max(refused, key=lambda r: r["facts"])
-    rows.append([f"questions without an answer, {r['facts']:,} facts", f"{percent(r['saved']['recall'])} refused "
+    rows.append([f"questions without an answer, a fifth of all, {r['facts']:,} facts", f"{percent(r['saved']['recall'])} refused "
                  f"({percent(r['saved']['by_sort']['near'])} where the person is known); {percent(r['saved']['precision'])} of refusals are right"])
     edited = {e["what"]: e for e in sorted(saved("gemma-3-270m-edits")["edits"], key=lambda e: e["facts"])}     # the largest memory's
     again, gone = edited["told again"], edited["forgotten"]
