@@ -85,29 +85,63 @@ class GATLayer(nn.Module):
         return out.view(N, H * C) + self.bias
 
 
-class TokenAttention(nn.Module):
+class TokenLayer(nn.Module):
     """Graph attention on the complete graph of some tokens: since every pair of them is an edge, it is dense, scored by dot
-    products (https://arxiv.org/abs/1706.03762), with the distance as the edge's feature."""
+    products (https://arxiv.org/abs/1706.03762), with the distance as the edge's feature. A small network for each follows."""
 
-    def __init__(self, dim, layers, heads=4, reach=8):
+    def __init__(self, dim, heads=4, reach=8):
         super().__init__()
         self.heads, self.reach = heads, reach
-        self.qkv = nn.ModuleList(nn.Linear(dim, 3 * dim, bias=False) for _ in range(layers))
-        self.out = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(layers))
-        self.up = nn.ModuleList(nn.Linear(dim, 2 * dim) for _ in range(layers))
-        self.down = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(layers))
-        self.distance = nn.Parameter(torch.zeros(layers, heads, 2 * reach + 1))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.up, self.down = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+        self.distance = nn.Parameter(torch.zeros(heads, 2 * reach + 1))
 
-    def attend(self, h, real, place):
+    def forward(self, h, real, place):
         """h (E, M, dim) tokens of E graphs, of which `real` (E, M) are no padding, at the places (M,) -> (E, M, dim)."""
         far = (place - place[:, None]).clamp(-self.reach, self.reach) + self.reach              # (M, M)
-        norm = lambda h: F.rms_norm(h, h.shape[-1:])
-        for qkv, out, up, down, distance in zip(self.qkv, self.out, self.up, self.down, self.distance):
-            q, k, v = qkv(norm(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # each (E, H, M, C)
-            bias = distance[:, far].to(q.dtype).masked_fill(~real[:, None, None], -1e4)         # (E, H, M, M)
-            h = h + out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
-            h = h + down(F.gelu(up(norm(h))))
-        return norm(h)
+        q, k, v = self.qkv(rms_norm(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)       # each (E, H, M, C)
+        bias = self.distance[:, far].to(q.dtype).masked_fill(~real[:, None, None], -1e4)        # (E, H, M, M)
+        h = h + self.out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
+        return h + self.down(F.gelu(self.up(rms_norm(h))))
+
+
+def rms_norm(h):
+    return F.rms_norm(h, h.shape[-1:])
+
+
+def by_length(lengths, parts, widest):
+    """Rows put together with others of about their length, so that little is worked out for padding: list of (rows, width).
+
+    lengths (R,), of which none is above `widest`. Too few rows for `parts` stay together. Widths are multiples of 8, if they
+    aren't `widest`: the fast kernels of attention want that.
+    """
+    rows = torch.arange(len(lengths), device=lengths.device)
+    if len(lengths) < 16 * parts:
+        return [(rows, widest)]
+    several = lengths.argsort(stable=True).chunk(parts)
+    return [(rows, min(n + -n % 8, widest)) for rows, n in zip(several, torch.stack([lengths[rows[-1]] for rows in several]).tolist())]
+
+
+class TokenAttention(nn.Module):
+    """Several TokenLayers, on graphs of tokens that differ in size."""
+
+    def __init__(self, dim, layers, **options):
+        super().__init__()
+        self.layers = nn.ModuleList(TokenLayer(dim, **options) for _ in range(layers))
+
+    def attend(self, tokens, parts):
+        """tokens (n, dim); parts: list of (at, place), at (E, M) being the token that stands at each place (M,) of E graphs, n for
+        none -> (n, dim). All parts are filled and emptied at once, and so are their gradients."""
+        n, every, out = len(tokens), torch.cat([at.flatten() for at, _ in parts]), []
+        filled = F.pad(tokens, (0, 0, 0, 1)).index_select(0, every).split([at.numel() for at, _ in parts])
+        for h, (at, place) in zip(filled, parts):
+            h = h.clone().unflatten(0, at.shape)       # (E, M, dim); a view that starts elsewhere would be compiled anew
+            for layer in self.layers:
+                h = layer(h, at < n, place)
+            out.append(rms_norm(h).flatten(0, 1))
+        lies = every.new_zeros(n + 1).scatter(0, every, torch.arange(len(every), device=every.device))
+        return torch.cat(out).index_select(0, lies[:-1])
 
 
 class SentenceAttention(TokenAttention):
@@ -123,13 +157,11 @@ class SentenceAttention(TokenAttention):
 
     def forward(self, x, lengths):
         """x (all, F) features of the tokens of E episodes that lie end to end, lengths (E,) -> (all, dim)."""
-        device, longest = x.device, int(lengths.max()) if len(lengths) else 0
-        episode = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
-        place = torch.arange(len(x), device=device) - (lengths.cumsum(0) - lengths)[episode]
-        real = torch.arange(longest, device=device) < lengths[:, None]                          # (E, M)
-        h = self.enter(x)
-        h = h.new_zeros(*real.shape, h.shape[-1]).index_put((episode, place), h)                # (E, M, dim)
-        return self.attend(h, real, torch.arange(longest, device=device))[episode, place]
+        starts, parts = lengths.cumsum(0) - lengths, []
+        for rows, width in by_length(lengths, 6, int(lengths.max()) if len(lengths) else 0):
+            place = torch.arange(width, device=x.device)
+            parts.append(((starts[rows, None] + place).masked_fill(place >= lengths[rows, None], len(x)), place))
+        return self.attend(self.enter(x), parts)
 
 
 class ReadingAttention(TokenAttention):
@@ -147,15 +179,23 @@ class ReadingAttention(TokenAttention):
     def forward(self, question, asks, found, told, real):
         """question (R, T, F), of which the tokens `asks` (R, T) count; found (R, D) of the hop before, or None; told
         (R, r, M, dim) the tokens of r episodes, of which `real` (R, r, M) exist -> (R, r, M, dim)."""
-        r, q = real.shape[1], self.ask(question)
-        place = torch.arange(asks.shape[1] + real.shape[2], device=q.device)
-        place = place + self.reach * (place >= asks.shape[1])                                   # across the gap nobody is a neighbour
+        (R, r, M), q = real.shape, self.ask(question)
         if found is not None:
             q, asks = torch.cat((self.found(found)[:, None].to(q.dtype), q), 1), F.pad(asks, (1, 0), value=True)
-            place = F.pad(place, (1, 0), value=-self.reach)
-        h = torch.cat((q[:, None].expand(-1, r, -1, -1), told.to(q.dtype)), 2).flatten(0, 1)    # (R * r, 1 + T + M, dim)
-        real = torch.cat((asks[:, None].expand(-1, r, -1), real), 2).flatten(0, 1)
-        return self.attend(h, real, place)[:, asks.shape[1]:].unflatten(0, (-1, r))
+        T, apart = asks.shape[1], 2 * self.layers[0].reach                                      # nobody is a neighbour across a gap
+        tokens = torch.cat((q.flatten(0, 1), told.flatten(0, 2).to(q.dtype)))                   # those of all questions, of all episodes
+        place, every = torch.arange(T + M, device=q.device), torch.arange(len(tokens), device=q.device)
+        place = place + apart * (place >= T) - apart * (place < int(found is not None))
+        asks_at = every[:R * T].view(R, T).masked_fill(~asks, len(tokens))
+        told_at = every[R * T:].view(R * r, M).masked_fill(~real.flatten(0, 1), len(tokens))
+        length = lambda at: ((at < len(tokens)) * torch.arange(1, at.shape[1] + 1, device=at.device)).amax(1)
+        parts = []
+        for rows, t in by_length(length(asks_at), 3, T):
+            episodes = (rows[:, None] * r + every[:r]).flatten()
+            for some, m in by_length(length(told_at[episodes]), 4, M):
+                at = torch.cat((asks_at[episodes[some] // r, :t], told_at[episodes[some], :m]), 1)
+                parts.append((at, torch.cat((place[:t], place[T:T + m]))))
+        return self.attend(tokens, parts)[R * T:].view(R, r, M, -1)
 
 
 # Edge features, one column each. A self-loop is all zeros.

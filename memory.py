@@ -261,6 +261,11 @@ def node_features(config, states, embeddings):
     return (states if config.node_features == "hidden" else embeddings).float()
 
 
+def working_dtype(device):
+    """What features and keys are computed in: float32, but while training on a GPU."""
+    return torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
+
+
 # ---------------------------------------------------------------------------------------------- the injection layer
 
 LOOKBACK = 2                         # sentences before a pronoun's that may say who is meant
@@ -375,7 +380,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
     def features(self, ids, states):
         """What asks and what is asked: a token's state in its sentence, and the token as such. (...,), (..., D) -> (..., F)."""
         x = torch.cat((((states.float() - self.state_mean) / self.state_std).clamp(-10, 10), self.values(ids).float()), -1)
-        return F.dropout(x, self.config.dropout, self.training)
+        return F.dropout(x.to(working_dtype(x.device)), self.config.dropout, self.training)
 
     def token_keys(self, ids, states, lengths):
         """Keys of the tokens of episodes that lie end to end: ids (all,), states (all, D), lengths (episodes,) -> (all, 2 * H * C + reading_dim).
@@ -395,7 +400,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         if self.config.match:
             match = unit(self.match_key(x))
         meaning = F.rms_norm(self.meaning(x).float(), (self.config.reading_dim,)) if hasattr(self, "meaning") else nothing[:, :0].float()
-        return torch.cat((read, match, meaning), 1).to(torch.bfloat16 if torch.is_autocast_enabled(ids.device.type) else torch.float32)
+        return torch.cat((read, match, meaning), 1).to(working_dtype(ids.device))
 
     # -- asking
 

@@ -37,6 +37,7 @@ from extras.checkpoint import load_checkpoint, save_checkpoint
 from extras.pool import TEXT, Pool, answer_tokens, autocast, groups, judged, pools as draw_pools, summary, wanted  # noqa: F401
 from extras.settings import read_settings
 from gemma import InputError, Places, check_device, replacing
+from gnn import TokenLayer, by_length
 from memory import GemmaWithMemory, MemoryView, Question, TokenStore
 
 
@@ -69,7 +70,7 @@ class TrainConfig:
     seed: int = field(default=0, metadata={"help": "of every random draw"})
     device: str = field(default="", metadata={"help": "cpu, cuda, mps; default: a GPU if there is one"})
     workers: int = field(default=0, metadata={"help": "processes that draw the pool's sentences; 0: this one"})
-    compile: bool = field(default=False, metadata={"help": "torch.compile the layers above the injection"})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the layers above the injection, and those of the memory"})
     deterministic: bool = field(default=False, metadata={"help": "the same bits at every run on the same machine; slower on a GPU"})
     init: str = field(default="", metadata={"help": "folder of a trained memory to start from, with a fresh optimizer; default: from nothing"})
     resume: bool = field(default=False, metadata={"help": "go on from the checkpoint in --out"})
@@ -129,9 +130,18 @@ def forward(model, pool, batch, T, silent=False):
     x = injection.features(asked.ids, h)
     reading = injection.read(x, Question(x[:, :asked.longest], asked.question[:, :asked.longest]), memories(model, pool, batch))
     h = h if silent else injection.inject(h, reading.context, ~asked.spoken)
-    places = Places(gemma.config, *asked.ids.shape, asked.real, None, h.device)
-    h = gemma.run_layers(h, places, after + 1) if after < len(gemma.layers) else h
+    h = run_above(gemma, h, asked.real, after) if after < len(gemma.layers) else h
     return dict(asked.answers(gemma, h), reading=reading, spoken=asked.spoken, answering=asked.answering)
+
+
+def run_above(gemma, h, real, after):
+    """The layers above `after`, on rows h (R, T, D) that are padded on the right; those of about the same length together."""
+    T, parts, out = h.shape[1], by_length(real.sum(1), 4, h.shape[1]), []
+    order = torch.cat([rows for rows, _ in parts])
+    for part, (rows, width) in zip(h.index_select(0, order).split([len(rows) for rows, _ in parts]), parts):
+        places = Places(gemma.config, len(rows), width, real[rows, :width], None, h.device)
+        out.append(F.pad(gemma.run_layers(part[:, :width].clone(), places, after + 1), (0, 0, 0, T - width)))
+    return torch.cat(out).index_select(0, order.argsort())
 
 
 def retrieval_loss(batch, out, hops):
@@ -194,7 +204,8 @@ class GraphLesson:
         self.model, self.settings = model, settings
         self.pool, self.held_out = pools or draw_pools(model, settings, progress)
         self.pool.set_statistics(model)
-        self.layers = model.gemma.layers[model.config.inject_after:]       # for --compile
+        self.layers = [*model.gemma.layers[model.config.inject_after:],    # for --compile
+                       *(module for module in model.injection.modules() if isinstance(module, TokenLayer))]
 
     def loss(self, N, generator):
         """One batch with memories of at most N facts -> {"loss": to be minimised, and its parts}, drawn by the generator alone."""
@@ -288,7 +299,7 @@ def train(settings, memory_config=None, model=None, pools=None):
     start, best, spent, broken, skipped, waited = (progress[name] for name in ("step", "best", "seconds", "broken", "skipped", "waited"))
     if settings.compile:
         for layer in lesson.layers:
-            layer.compile()
+            layer.compile(dynamic=True)
     ready = time.time()
     seen, last, lines, log = 0, {}, [], folder / "log.jsonl"
     if settings.resume and log.is_file():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from gnn import EDGE_FEATURES, NEXT, PREVIOUS, EpisodicMemoryGNN, GATLayer, ReadingAttention, SentenceAttention, SimilarityEdges, softmax_by_target, time_edges
+from gnn import EDGE_FEATURES, NEXT, PREVIOUS, EpisodicMemoryGNN, GATLayer, ReadingAttention, SentenceAttention, SimilarityEdges, by_length, softmax_by_target, time_edges
 
 N, E, D, C, H, EDGE_DIM = 12, 40, 7, 5, 3, 4
 
@@ -430,7 +430,8 @@ def test_temperature_knows_the_number_of_episodes():
 def random_sentence_attention(seed=0, layers=2):
     torch.manual_seed(seed)
     attention = SentenceAttention(6, dim=8, layers=layers, heads=2, reach=3)
-    torch.nn.init.normal_(attention.distance)                              # zero at the start of training: would hide a bug
+    for layer in attention.layers:
+        torch.nn.init.normal_(layer.distance)                              # zero at the start of training: would hide a bug
     return attention
 
 
@@ -444,17 +445,17 @@ def test_sentence_attention_matches_a_loop():
     for length in lengths:
         h = attention.enter(x[start:start + length])
         start += length
-        for layer in range(2):
-            q, k, v = attention.qkv[layer](norm(h)).chunk(3, -1)
+        for layer in attention.layers:
+            q, k, v = layer.qkv(norm(h)).chunk(3, -1)
             heard = torch.zeros_like(h)
             for i in range(length):
                 for head in range(2):
                     at = slice(4 * head, 4 * head + 4)
                     far = [max(-3, min(3, j - i)) + 3 for j in range(length)]
-                    scores = torch.stack([q[i, at] @ k[j, at] / 2 + attention.distance[layer, head, far[j]] for j in range(length)])
+                    scores = torch.stack([q[i, at] @ k[j, at] / 2 + layer.distance[head, far[j]] for j in range(length)])
                     heard[i, at] = scores.softmax(0) @ v[:, at]
-            h = h + attention.out[layer](heard)
-            h = h + attention.down[layer](F.gelu(attention.up[layer](norm(h))))
+            h = h + layer.out(heard)
+            h = h + layer.down(F.gelu(layer.up(norm(h))))
         expected.append(norm(h))
     torch.testing.assert_close(attention(x, torch.tensor(lengths)), torch.cat(expected), rtol=1e-3, atol=1e-4)
 
@@ -476,8 +477,30 @@ def test_reading_attention_is_sentence_attention_on_both():
                 h = torch.cat((reading.found(found[i:i + 1]), reading.ask(question[i]), told[i, e]))
                 counts = torch.cat((torch.tensor([what is not None]), asks[i], real[i, e]))
                 place = torch.cat((torch.tensor([-9]), torch.arange(4), 20 + torch.arange(6)))        # further apart than `reach`
-                expected = sentence.attend(h[counts][None], torch.ones(1, int(counts.sum()), dtype=torch.bool), place[counts])
-                torch.testing.assert_close(out[i, e, real[i, e]], expected[0, -int(real[i, e].sum()):], rtol=1e-4, atol=1e-5)
+                h = h[None, counts]
+                for layer in reading.layers:
+                    h = layer(h, torch.ones(1, h.shape[1], dtype=torch.bool), place[counts])
+                torch.testing.assert_close(out[i, e, real[i, e]], F.rms_norm(h, (8,))[0, -int(real[i, e].sum()):], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_many_sentences_are_heard_as_one():
+    """Catches rows that come back in another order or trimmed when they are put together by length, in both attentions."""
+    torch.manual_seed(1)
+    attention, reading = random_sentence_attention(), ReadingAttention(5, 3, dim=8, layers=2, heads=2, reach=3)
+    lengths = torch.randint(1, 30, (200,))
+    x = torch.randn(int(lengths.sum()), 6)
+    alone = [attention(part, lengths[i:i + 1]) for i, part in enumerate(x.split(lengths.tolist()))]
+    assert len(by_length(lengths, 6, 29)) == 6 and len(by_length(lengths[:20], 6, 29)) == 1
+    torch.testing.assert_close(attention(x, lengths), torch.cat(alone), rtol=1e-4, atol=1e-5)
+    question, found, told = torch.randn(80, 11, 5), torch.randn(80, 3), torch.randn(80, 2, 29, 8)
+    asks, real = torch.arange(11) < torch.randint(1, 12, (80, 1)), torch.arange(29) < lengths[:160].view(80, 2, 1)
+    asks[:, 0] = False                                                     # <bos>
+    one = lambda i, found: reading(question[i:i + 1], asks[i:i + 1], found, told[i:i + 1], real[i:i + 1])[0]
+    for what in (None, found):
+        out = reading(question, asks, what, told, real)
+        alone = torch.stack([one(i, None if what is None else found[i:i + 1]) for i in range(80)])
+        torch.testing.assert_close(out[real], alone[real], rtol=1e-4, atol=1e-5)
 
 
 def test_sentence_attention_hears_both_sides_and_no_other_sentence():
