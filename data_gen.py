@@ -4,7 +4,8 @@
 
 A memory that is trained on closed lists of values learns to classify and never to copy. So many values here are made
 from the tokenizer's whole vocabulary, whatever the question asks for: a locker code may be "Violet harbour", a sister
-"4821-B". The sentence alone says what belongs to whom, and the answer has to be carried over token by token.
+"4821-B". The sentence alone says what belongs to whom, and the answer has to be carried over token by token. An answer never
+begins with an article, unless that counts: "a toothbrush" is answered "toothbrush", "an hour and a half" as it stands.
 
 How the file goes, top to bottom:
   * `data_gen.json` holds attributes and relations with their sentence templates, names, things, lists and patterns of values
@@ -52,7 +53,7 @@ STORY, OPEN_IN_STORY = 0.33, 0.07           # bundles of scenes; their values th
 CHANGED, RETOLD = 0.5, 0.25                 # scenes that can change do; what has changed changes again, up to three times more
 NEAR_MISS = 0.5                             # a scene is asked for what it nearly tells
 OPEN_ATTRIBUTE = 0.3                        # attributes that are any noun: "Maria's tax advisor is 4821"
-LIST = 0.35                                 # an attribute that may have two values is told with two
+LIST = 0.5                                  # an attribute that may have two values is told with two
 SECOND_QUESTION, UNANSWERABLE = 0.3, 0.75   # a second phrasing; one more question, that can't be answered,
 UNKNOWN = 0.3                               # because its subject is unknown (else: the attribute wasn't told)
 INVENTED, OPEN_VALUE = 0.18, 0.35           # names, and values, that no list holds
@@ -70,7 +71,10 @@ PRONOUN_HOLES = ("{Sub}", "{sub}", "{Poss}", "{poss}", "{obj}")
 PRONOUNS = {"female": ("She", "she", "Her", "her", "her"), "male": ("He", "he", "His", "his", "him"),
             "it": ("It", "it", "Its", "its", "it")}
 HOLE = re.compile(r"\{([a-z]\w*)\}(?<!\{p\})(?<!\{sub\})(?<!\{poss\})(?<!\{obj\})")     # of a value or of {q}
-ARTICLE = re.compile(r"\b([Aa]) \{([a-z]\w*)\}")              # "a {job}", which may have to be "an"
+ARTICLE = re.compile(r"(?:an?(?! (?:hour|minute|day|week|fortnight|month|year|decade|century|dozen|hundred|thousand|million|billion"
+                     r"|few|couple|quarter|bit|lot|inch|foot|yard|metre|litre|pound)(?![\w-])"
+                     r"| (?:third|fifth|tenth)(?: of|$))|the) ")            # with which no answer begins: the others count something
+AFTER_ARTICLE = re.compile(r"\b([Aa]n?|[Tt]he|[Mm]y|[Oo]ur|[Yy]our) \{([a-z]\w*)\}")   # "a {job}"
 QUOTABLE = re.compile(r"(^| )\{v\}($|[ .,;:!?])")
 JOINABLE = re.compile(r"[^.!?:;\"]*\.")     # one plain sentence: ", and she …" may follow
 STAYS_CAPITAL = re.compile(r"(I|(Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)days?|January|June|December)\b|[A-Z][A-Z/]")
@@ -81,10 +85,13 @@ class Question:
     """A question about a bundle."""
 
     question: str
-    answer: str             # the value exactly as its sentence has it; two of them as "A and B"; "" if unanswerable
+    answer: str             # the value as its sentence has it, but `bare`; two of them as "A and B"; "" if unanswerable
     support: list           # of int: the facts that answer it, in order of use; [] if unanswerable
     kind: str               # one of KINDS
     trained: bool           # whether its names, values and templates are all those of training
+
+    def __post_init__(self):
+        self.answer = bare(self.answer)
 
 
 @dataclass
@@ -122,11 +129,25 @@ def open_vocabulary(tokenizer):
     return sorted({piece[1:] for piece in pieces if word.fullmatch(piece) and piece[1:].isalpha()})
 
 
+def bare(value):
+    """A value without its article ("the 4th of May" -> "4th of May"), unless that counts ("a week"). Titles have capitals: "The Tin Sea"."""
+    article = ARTICLE.match(value)
+    return value[article.end():] if article else value
+
+
+def fill_in(template, values):
+    """A template with `values` (dict of str) in its holes. After an article no second one; "a" becomes "an" where it must."""
+    def after_article(found):
+        article, value = found[1], bare(values.get(found[2], found[0].split(" ")[1]))
+        return article + "n" * (article in "Aa" and value[0] in "aeiou") + " " + value
+    return HOLE.sub(lambda hole: values.get(hole[1], hole[0]), AFTER_ARTICLE.sub(after_article, template))
+
+
 def of_split(lists, split):
     """What `split` uses of {"train": [...], "test": [...]}: validation is a tenth of train, by a hash."""
     if split == "test":
         return lists["test"]
-    return [item for item in lists["train"] if (zlib.crc32(item.lower().encode()) % 10 == 0) == (split == "validation")]
+    return [item for item in lists["train"] if (zlib.crc32(bare(item).lower().encode()) % 10 == 0) == (split == "validation")]
 
 
 def sentence_start(template):
@@ -244,14 +265,14 @@ class World:
         """Fill `self.scenes`: those of each type of subject whose holes this split has something for."""
         self.scenes = {}
         others = "train" if phrasings == "test" else "test"
-        self.elsewhere.update(option.lower() for raw in scenes[others] for options in raw.get("options", {}).values() for option in options)
+        self.elsewhere.update(bare(option).lower() for raw in scenes[others] for options in raw.get("options", {}).values() for option in options)
         for number, raw in enumerate(scenes[phrasings]):
             wordings = {section: [sentence_start(t) for t in raw.get(section, [])] for section in ("first", "then")}
             several = {section: {hole: [sentence_start(t) for t in templates] for hole, templates in raw.get(section, {}).items()}
                        for section in ("questions", "updates")}
             # What a scene lists itself belongs to the split of its phrasings, train's with a share for validation.
             own = {name: [option for option in of_split({"train": [], "test": [], phrasings: options}, self.split)
-                          if option.lower() not in self.elsewhere] for name, options in raw.get("options", {}).items()}
+                          if bare(option).lower() not in self.elsewhere] for name, options in raw.get("options", {}).items()}
             holes = {hole for templates in wordings.values() for t in templates for hole in HOLE.findall(t)} - {"q"}
             types = {hole: own[hole] if hole in own else self.choices[hole.rstrip("0123456789")] for hole in sorted(holes)}
             if all(types.values()):
@@ -379,7 +400,8 @@ class World:
             template = template[:-1] + "!"
         elif chance > 0.95:
             template, name = start_small(template), name if chance < 0.975 else name.lower()
-        return template.replace("{P}", name[0].upper() + name[1:]).replace("{p}", name).replace("{v}", value)
+        text = template.replace("{P}", name[0].upper() + name[1:]).replace("the {p}", "the " + bare(name)).replace("{p}", name)
+        return fill_in(text, {"v": value}) if value else text
 
     def state(self, attribute, subject, value, frames=()):
         """A sentence that tells an attribute plainly, inside one of `frames` if there are any."""
@@ -441,7 +463,7 @@ class World:
                 (second, other), = pairs[1:]
                 template = self.pick(attribute.joinable)[:-1].replace("{v}", "{u}") + ", and " + \
                     with_pronouns(self.pick(second.joining), subject.gender)
-                chunk = [[self.say(template, subject, other).replace("{u}", value)]]
+                chunk = [[fill_in(self.say(template, subject, other), {"u": value})]]
                 questions += self.ask(second, subject, other, chunk, "lookup")
             elif way == "mentioned":
                 mentions = self.prose["mentions" if subject.type in ("person", "pet") else "mentions_thing"]
@@ -461,7 +483,7 @@ class World:
                 other = self.value(attribute, taken)
                 sentence = [self.say(self.pick(attribute.also), subject, other, attribute.quoted)]
                 later.append((chunk, [sentence]))
-                questions += self.ask(attribute, subject, f"{value} and {other}", [chunk[0], sentence], way)
+                questions += self.ask(attribute, subject, f"{value} and {bare(other)}", [chunk[0], sentence], way)
             elif way == "update":
                 for _ in range(self.changes()):
                     value = self.value(attribute, taken)
@@ -639,8 +661,7 @@ class World:
     def put(self, template, subject, filled):
         """A sentence or question of a scene. What fills the holes goes in last, so that nothing touches it."""
         text = self.say(template if subject is ME else with_pronouns(template, subject.gender), subject)
-        text = ARTICLE.sub(lambda a: a[1] + "n" * (filled[a[2]][0] in "aeiou") + " {%s}" % a[2], text)
-        return HOLE.sub(lambda hole: filled[hole[1]], text)
+        return fill_in(text, filled)
 
     def play(self, subject, scenes, taken, keys, kind=None):
         """Tell scenes of a subject: (chunks, questions), as `tell` does. The first allows a question of `kind`."""

@@ -25,6 +25,7 @@ from gemma import BOS, PAD, Places, Tokenizer
 from memory import TokenStore, node_features, question_prompt
 
 TEXT = len(KINDS)                       # the kind of a sequence that is ordinary text
+LONGEST = 8                             # sentences of a bundle; the one in 200 that is longer would not fit into the smallest memories
 
 
 def answer_tokens(tokenizer, facts, answer):
@@ -72,7 +73,7 @@ def draw_part(task):
             answer = answer_tokens(tokenizer, [facts[i] for i in holding], q.answer) + newline if q.support else []
             if len(prompt) + len(answer) <= tokens:
                 asked.append((prompt, answer, q.support, KINDS.index(q.kind)))
-        if asked and max(map(len, facts)) <= 1.6 * tokens:
+        if asked and len(facts) <= LONGEST and max(map(len, facts)) <= 1.6 * tokens:
             subjects = [zlib.crc32(s.encode()) for s in sorted(bundle.subjects)] or [zlib.crc32(bundle.facts[0].encode())]
             part.append((facts, bundle.follows, asked, (subjects[0], subjects[-1])))
     return part

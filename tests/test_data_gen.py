@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import data_gen
-from data_gen import FEWEST_FACTS, HOLE, KINDS, SMALL, SPLITS, World, joining, main, open_vocabulary, split_of
+from data_gen import ARTICLE, FEWEST_FACTS, HOLE, KINDS, SMALL, SPLITS, World, bare, fill_in, joining, main, open_vocabulary, split_of
 from gemma import InputError, read_json
 
 SCENES = read_json(data_gen.HERE / "data_scenes.json")
@@ -20,7 +20,7 @@ DATA = read_json(data_gen.HERE / "data_gen.json")
 # A vocabulary without a tokenizer: words that no list holds, of all shapes that a real one has.
 WORDS = sorted({a + b + c for a in ("brim", "Klop", "zund", "FAR", "Oster", "quel") for b in ("a", "or", "iu") for c in
                 ("ten", "lick", "mos", "dap", "ver", "sh")})
-HASH = "3255df7e236a4ed91117bc8834eb7274e6ce6ee71dd59eb1f4abaf7e83ed260c"
+HASH = "0bac59b1b85a4ba9eac1946132be322c2b40819c8505b0ffeaae5ba6bb02add8"
 
 
 @pytest.fixture(scope="module", params=SPLITS)
@@ -62,6 +62,28 @@ def test_answer_stands_in_its_facts(bundles):
             else:
                 assert len(facts) == (2 if question.kind == "two_hop" else 1)
                 assert question.answer and question.answer in facts[-1]
+
+
+@pytest.mark.parametrize("value, answer", [
+    ("a toothbrush", "toothbrush"), ("an old oar", "old oar"), ("the mayor's office", "mayor's office"), ("the 19th of November", "19th of November"),
+    ("an hour and a half", None), ("a fortnight", None), ("a dozen eggs", None), ("a week's rent", None), ("a few", None), ("a couple of nails", None),
+    ("a quarter turn", None), ("a third of it", None), ("a third man", "third man"), ("a half-built boat", "half-built boat"), ("a weekend", "weekend"),
+    ("The Silver Tram", None), ("A Spoonful of Thunder", None), ("anchor", None), ("theatre", None), ("the", None), ("a", None)])
+def test_bare(value, answer):
+    """Catches an answer that keeps an article, so that one guesses where it begins, and one that loses what counts or is a title."""
+    assert bare(value) == (answer or value) == bare(bare(value))
+
+
+def test_no_answer_begins_with_an_article(bundles):
+    """Catches a maker of answers that goes its own way, also with the second of two, and "the the Krebs cycle" or "a owl" in a sentence."""
+    for bundle in bundles:
+        for question, facts in answers(bundle):
+            ends = [question.answer] + [question.answer[at.end():] for at in re.finditer(" and ", question.answer)] * (question.kind == "list")
+            assert not ARTICLE.match(question.answer) and (len(ends) == 1 or any(end in facts[1] and not ARTICLE.match(end) for end in ends[1:])), question
+        for text in [*bundle.facts, *(question.question for question in bundle.questions)]:
+            assert not re.search(r"\b(an?|the) (an?|the) [a-z]", text), text
+    assert fill_in("In the {place} a {job} met a {pet}: {pet}", dict(place="the old mill", job="actor", pet="a goat")) == "In the old mill an actor met a goat: a goat"
+    assert fill_in('my {time}, {u}, "{v}"', dict(time="an hour and a half", v="the end")) == 'my an hour and a half, {u}, "the end"'
 
 
 def test_text_is_whole(bundles):
@@ -238,7 +260,7 @@ def test_scenes_share_nothing_between_train_and_test():
                  for t in (some if isinstance(some, list) else [t for more in some.values() for t in more])]
         return {"".join(c for c in text.lower() if c.isalnum()) for text in texts}
     assert not plain("train", "first", "then", "questions", "updates") & plain("test", "first", "then", "questions", "updates")
-    train, test = ({value.lower() for scenes in World(split, 0, WORDS).scenes.values() for scene in scenes for hole, values in scene.types.items()
+    train, test = ({bare(value).lower() for scenes in World(split, 0, WORDS).scenes.values() for scene in scenes for hole, values in scene.types.items()
                     if isinstance(values[0], str) and hole.rstrip("0123456789") not in DATA["parts"] for value in values} for split in ("train", "test"))
     assert len(train) > 1000 and len(test) > 300 and not train & test
 
