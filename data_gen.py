@@ -44,17 +44,20 @@ SPLITS = ("train", "validation", "test")
 HERE = Path(__file__).resolve().parent
 
 # How often what is drawn. With these, most questions are lookups.
-TWO_HOP, NOISE = 0.22, 0.05                 # bundles on two related persons; bundles that answer nothing
+TWO_HOP, NOISE = 0.30, 0.04                 # bundles on two related persons; bundles that answer nothing
 PERSON, FIRST_PERSON = 0.62, 0.10           # of the others, those on a person; of these, those on "I"
 TWIN = 0.28                                 # two subjects with similar names and the same attributes: hard negatives
 ATTRIBUTES = {1: 0.36, 2: 0.36, 3: 0.18, 4: 0.07, 5: 0.03}                      # how many are told of a subject
-WAYS = dict(plain=0.42, joined=0.08, mentioned=0.10, continued=0.12, update=0.28)  # how one is told: see World.tell
+WAYS = dict(plain=0.19, joined=0.07, mentioned=0.12, continued=0.16, update=0.46)  # how one is told: see World.tell
 STORY, OPEN_IN_STORY = 0.33, 0.07           # bundles of scenes; their values that may be anything
-CHANGED, RETOLD = 0.5, 0.25                 # scenes that can change do; what has changed changes again, up to three times more
-NEAR_MISS = 0.5                             # a scene is asked for what it nearly tells
+CHANGED, RETOLD = 0.9, 0.25                 # scenes that can change do; what has changed changes again, up to three times more
+NEAR_MISS = 0.3                             # a scene is asked for what it nearly tells
 OPEN_ATTRIBUTE = 0.3                        # attributes that are any noun: "Maria's tax advisor is 4821"
-LIST = 0.5                                  # an attribute that may have two values is told with two
-SECOND_QUESTION, UNANSWERABLE = 0.3, 0.75   # a second phrasing; one more question, that can't be answered,
+LIST = 0.37                                 # an attribute that may have two values is told with two
+UNSAID, FRAMED, BOTH = 0.12, 0.45, 0.15     # the second of them without a word that it is one, up to here in a frame ("Besides, …"); questions for "both"
+RESTATED, MARKED = 0.3, 0.2                 # updates that never say they are (besides a fifth of the rest); first values told as if they had changed;
+                                            # these five only in training's words: the order decides, not who says "now"
+SECOND_QUESTION, UNANSWERABLE = 0.3, 0.45   # a second phrasing; one more question, that can't be answered,
 UNKNOWN = 0.3                               # because its subject is unknown (else: the attribute wasn't told)
 INVENTED, OPEN_VALUE = 0.18, 0.35           # names, and values, that no list holds
 QUOTED, WRAPPED = 0.1, 0.12                 # values in quotes; facts inside a longer utterance
@@ -258,8 +261,10 @@ class World:
                 joining=joining(sections["pronoun"])))
         self.open_attributes = {kind: SimpleNamespace(**templates(entry)) for kind, entry in data["open_attributes"].items()}
         self.kinds = [kind for kind, attributes in self.attributes.items() for _ in attributes if kind != "person"]
-        self.relations = [SimpleNamespace(**{**entry, **templates(entry)}) for entry in data["relations"]]
         self.prose = templates(data["prose"])
+        self.relations = [SimpleNamespace(**{**entry, **templates(entry)}) for entry in data["relations"]]
+        for relation in self.relations:
+            relation.facts += [template.replace("{r}", relation.phrase) for template in self.prose["relation_facts"]]
 
     def read_scenes(self, scenes, phrasings):
         """Fill `self.scenes`: those of each type of subject whose holes this split has something for."""
@@ -408,11 +413,12 @@ class World:
         template = self.pick(attribute.first if subject is ME else attribute.facts)
         return [self.say(within(self.pick(frames), template) if frames else template, subject, value, attribute.quoted)]
 
-    def ask(self, attribute, subject, answer, support, kind):
-        """One or two phrasings of the question on an attribute: list of Question, sentences as its support."""
+    def ask(self, attribute, subject, answer, support, kind, frames=()):
+        """One or two phrasings of the question on an attribute: list of Question, sentences as its support; inside one of `frames`."""
         templates = attribute.first_questions if subject is ME else attribute.questions
         chosen = {self.pick(templates): None, self.pick(templates) if self.random() < SECOND_QUESTION else None: None}
-        return [Question(self.say(template, subject), answer, support, kind, self.trained) for template in chosen if template]
+        return [Question(self.say(within(self.pick(frames), template) if frames else template, subject), answer, support, kind, self.trained)
+                for template in chosen if template]
 
     # ------------------------------------------------------------------------------------------------------ bundles
 
@@ -420,7 +426,7 @@ class World:
         """What is told of a subject, and how: list of (way, attributes). `kind`: the first one must allow such a question."""
         pool, told, names = self.attributes[subject.type], [], set()
         for _ in range(self.weighted(ATTRIBUTES)):
-            if (told or kind != "list") and self.random() < OPEN_ATTRIBUTE:
+            if (told or kind != "list" or self.prose["also"]) and self.random() < OPEN_ATTRIBUTE:
                 attribute = self.open_attribute(subject.type)
             else:
                 attribute = self.pick(pool if told or kind != "list" else [a for a in pool if a.also])
@@ -434,7 +440,7 @@ class World:
                 way = self.pick(FORCED[kind])
             if way == "continued" and len(told) == 1:
                 way = "mentioned"
-            if (subject is ME and way != "update" or way in ("update", "list", "mentioned") and not room
+            if (subject is ME and way != "update" and (way != "list" or not self.prose["also"]) or way in ("update", "list", "mentioned") and not room
                     or way == "joined" and (len(told) == 1 or not told[0].joinable or not told[1].joining)):
                 way = "plain"
             room -= way in ("update", "list", "mentioned")
@@ -468,6 +474,8 @@ class World:
             elif way == "mentioned":
                 mentions = self.prose["mentions" if subject.type in ("person", "pet") else "mentions_thing"]
                 chunk = [[self.say(self.pick(mentions), subject)]]
+            elif way == "update" and self.prose["also"] and self.random() < MARKED:
+                chunk = [self.state(attribute, subject, value, self.prose["change"])]
             else:
                 wrapped = way != "continued" and self.random() < WRAPPED
                 chunk = [self.state(attribute, subject, value, self.prose["wrap"] if wrapped else ())]
@@ -481,9 +489,9 @@ class World:
             chunks.append(chunk)
             if way == "list":
                 other = self.value(attribute, taken)
-                sentence = [self.say(self.pick(attribute.also), subject, other, attribute.quoted)]
+                sentence, frames = self.add(attribute, subject, other)
                 later.append((chunk, [sentence]))
-                questions += self.ask(attribute, subject, f"{value} and {bare(other)}", [chunk[0], sentence], way)
+                questions += self.ask(attribute, subject, f"{value} and {bare(other)}", [chunk[0], sentence], way, frames)
             elif way == "update":
                 for _ in range(self.changes()):
                     value = self.value(attribute, taken)
@@ -503,8 +511,20 @@ class World:
             at = 1 + next(i for i, other in enumerate(chunks) if other is chunk)
             chunks.insert(at + int(self.random() * min(3, len(chunks) - at + 1)), new)
 
+    def add(self, attribute, subject, value):
+        """The second sentence of a list, and frames for the questions. Where no word of it says that there are two, the question does."""
+        chance = self.random() if self.prose["also"] else 1
+        if chance < UNSAID:
+            return self.state(attribute, subject, value), self.prose["both"]
+        frames = self.prose["both"] if chance > 1 - BOTH and chance < 1 else ()
+        if subject is ME or UNSAID < chance < FRAMED:
+            return self.state(attribute, subject, value, self.prose["also"]), frames
+        return [self.say(self.pick(attribute.also), subject, value, attribute.quoted)], frames
+
     def update(self, attribute, subject, value):
         """The later sentence of an update: it says that something changed, or simply tells the attribute again."""
+        if self.prose["also"] and self.random() < RESTATED:
+            return self.state(attribute, subject, value, self.prose["wrap"] if self.random() < WRAPPED else ())
         chance = self.random()
         if subject is not ME and chance < 0.6:
             return [self.say(self.pick(attribute.updates), subject, value, attribute.quoted)]
@@ -554,7 +574,7 @@ class World:
         noun = self.pick(open_.nouns)
         sections = {section: [template.replace("{a}", noun) for template in templates]
                     for section, templates in vars(open_).items() if section != "nouns"}
-        return SimpleNamespace(**sections, also=[], name=noun, types=self.open, quoted=QUOTED, clashes={noun},
+        return SimpleNamespace(**sections, name=noun, types=self.open, quoted=QUOTED, clashes={noun},
                                joinable=list(filter(JOINABLE.fullmatch, sections["facts"])), joining=joining(sections["pronoun"]))
 
     def untold(self, subject, told):
@@ -687,7 +707,7 @@ class World:
             said = set(HOLE.findall(scene.first[0])) | follows
             asked = sorted(hole for hole in scene.questions if hole in said)
             # Three holes at most are asked about; among them the one that makes a question of the kind asked for.
-            needed = changed if forced == "update" else self.pick(sorted(follows & set(asked)) or [None]) if forced == "coreference" else None
+            needed = changed if forced != "coreference" else self.pick(sorted(follows & set(asked)) or [None])
             while len(asked) > 3:
                 gone = self.pick(asked)
                 if gone != needed:
