@@ -48,7 +48,7 @@ TWO_HOP, NOISE = 0.30, 0.04                 # bundles on two related persons; bu
 PERSON, FIRST_PERSON = 0.62, 0.10           # of the others, those on a person; of these, those on "I"
 TWIN = 0.28                                 # two subjects with similar names and the same attributes: hard negatives
 ATTRIBUTES = {1: 0.36, 2: 0.36, 3: 0.18, 4: 0.07, 5: 0.03}                      # how many are told of a subject
-WAYS = dict(plain=0.19, joined=0.07, mentioned=0.12, continued=0.16, update=0.46)  # how one is told: see World.tell
+WAYS = dict(plain=0.15, joined=0.07, mentioned=0.12, continued=0.16, update=0.50)  # how one is told: see World.tell
 STORY, OPEN_IN_STORY = 0.33, 0.07           # bundles of scenes; their values that may be anything
 CHANGED, RETOLD = 0.9, 0.25                 # scenes that can change do; what has changed changes again, up to three times more
 NEAR_MISS = 0.3                             # a scene is asked for what it nearly tells
@@ -57,7 +57,7 @@ LIST = 0.37                                 # an attribute that may have two val
 UNSAID, FRAMED, BOTH = 0.12, 0.45, 0.15     # the second of them without a word that it is one, up to here in a frame ("Besides, …"); questions for "both"
 RESTATED, MARKED = 0.3, 0.2                 # updates that never say they are (besides a fifth of the rest); first values told as if they had changed;
                                             # these five only in training's words: the order decides, not who says "now"
-SECOND_QUESTION, UNANSWERABLE = 0.3, 0.45   # a second phrasing; one more question, that can't be answered,
+SECOND_QUESTION, UNANSWERABLE = 0.3, 0.4    # a second phrasing; one more question, that can't be answered,
 UNKNOWN = 0.3                               # because its subject is unknown (else: the attribute wasn't told)
 INVENTED, OPEN_VALUE = 0.18, 0.35           # names, and values, that no list holds
 QUOTED, WRAPPED = 0.1, 0.12                 # values in quotes; facts inside a longer utterance

