@@ -89,25 +89,33 @@ class TokenLayer(nn.Module):
     """Graph attention on the complete graph of some tokens: since every pair of them is an edge, it is dense, scored by dot
     products (https://arxiv.org/abs/1706.03762), with the distance as the edge's feature. A small network for each follows."""
 
-    def __init__(self, dim, heads=4, reach=8):
+    def __init__(self, dim, heads, reach):
         super().__init__()
-        self.heads, self.reach = heads, reach
+        self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
         self.up, self.down = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
         self.distance = nn.Parameter(torch.zeros(heads, 2 * reach + 1))
 
-    def forward(self, h, real, place):
-        """h (E, M, dim) tokens of E graphs, of which `real` (E, M) are no padding, at the places (M,) -> (E, M, dim)."""
-        far = (place - place[:, None]).clamp(-self.reach, self.reach) + self.reach              # (M, M)
+    def forward(self, h, real, far):
+        """h (E, M, dim) tokens of E graphs, of which `real` (E, M) are no padding; far (M, M, 2 * reach + 1): the distances from
+        each place to each other, see `distances` -> (E, M, dim)."""
         q, k, v = self.qkv(rms_norm(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)       # each (E, H, M, C)
-        bias = self.distance[:, far].to(q.dtype).masked_fill(~real[:, None, None], -1e4)        # (E, H, M, M)
+        bias = (self.distance @ far.mT).transpose(0, 1)                                         # (H, M, M)
+        bias = bias.to(q.dtype).masked_fill(~real[:, None, None], -1e4)                         # (E, H, M, M)
         h = h + self.out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
         return h + self.down(F.gelu(self.up(rms_norm(h))))
 
 
 def rms_norm(h):
     return F.rms_norm(h, h.shape[-1:])
+
+
+def distances(place, reach):
+    """How far each of the places (M,) is from each, at most `reach`, as the only 1 in a row of 0: (M, M, 2 * reach + 1). A product
+    with it picks a row of a table, and adds up the row's gradient, faster than an index does."""
+    far = (place - place[:, None]).clamp(-reach, reach) + reach
+    return F.one_hot(far, 2 * reach + 1).float()
 
 
 def by_length(lengths, parts, widest):
@@ -126,9 +134,10 @@ def by_length(lengths, parts, widest):
 class TokenAttention(nn.Module):
     """Several TokenLayers, on graphs of tokens that differ in size."""
 
-    def __init__(self, dim, layers, **options):
+    def __init__(self, dim, layers, heads=4, reach=8):
         super().__init__()
-        self.layers = nn.ModuleList(TokenLayer(dim, **options) for _ in range(layers))
+        self.reach = reach
+        self.layers = nn.ModuleList(TokenLayer(dim, heads, reach) for _ in range(layers))
 
     def attend(self, tokens, parts):
         """tokens (n, dim); parts: list of (at, place), at (E, M) being the token that stands at each place (M,) of E graphs, n for
@@ -137,8 +146,9 @@ class TokenAttention(nn.Module):
         filled = F.pad(tokens, (0, 0, 0, 1)).index_select(0, every).split([at.numel() for at, _ in parts])
         for h, (at, place) in zip(filled, parts):
             h = h.clone().unflatten(0, at.shape)       # (E, M, dim); a view that starts elsewhere would be compiled anew
+            far = distances(place, self.reach)
             for layer in self.layers:
-                h = layer(h, at < n, place)
+                h = layer(h, at < n, far)
             out.append(rms_norm(h).flatten(0, 1))
         lies = every.new_zeros(n + 1).scatter(0, every, torch.arange(len(every), device=every.device))
         return torch.cat(out).index_select(0, lies[:-1])
@@ -158,7 +168,7 @@ class SentenceAttention(TokenAttention):
     def forward(self, x, lengths):
         """x (all, F) features of the tokens of E episodes that lie end to end, lengths (E,) -> (all, dim)."""
         starts, parts = lengths.cumsum(0) - lengths, []
-        for rows, width in by_length(lengths, 6, int(lengths.max()) if len(lengths) else 0):
+        for rows, width in by_length(lengths, 4, int(lengths.max()) if len(lengths) else 0):
             place = torch.arange(width, device=x.device)
             parts.append(((starts[rows, None] + place).masked_fill(place >= lengths[rows, None], len(x)), place))
         return self.attend(self.enter(x), parts)
@@ -182,7 +192,7 @@ class ReadingAttention(TokenAttention):
         (R, r, M), q = real.shape, self.ask(question)
         if found is not None:
             q, asks = torch.cat((self.found(found)[:, None].to(q.dtype), q), 1), F.pad(asks, (1, 0), value=True)
-        T, apart = asks.shape[1], 2 * self.layers[0].reach                                      # nobody is a neighbour across a gap
+        T, apart = asks.shape[1], 2 * self.reach                                      # nobody is a neighbour across a gap
         tokens = torch.cat((q.flatten(0, 1), told.flatten(0, 2).to(q.dtype)))                   # those of all questions, of all episodes
         place, every = torch.arange(T + M, device=q.device), torch.arange(len(tokens), device=q.device)
         place = place + apart * (place >= T) - apart * (place < int(found is not None))
@@ -190,9 +200,9 @@ class ReadingAttention(TokenAttention):
         told_at = every[R * T:].view(R * r, M).masked_fill(~real.flatten(0, 1), len(tokens))
         length = lambda at: ((at < len(tokens)) * torch.arange(1, at.shape[1] + 1, device=at.device)).amax(1)
         parts = []
-        for rows, t in by_length(length(asks_at), 3, T):
+        for rows, t in by_length(length(asks_at), 2, T):
             episodes = (rows[:, None] * r + every[:r]).flatten()
-            for some, m in by_length(length(told_at[episodes]), 4, M):
+            for some, m in by_length(length(told_at[episodes]), 3, M):
                 at = torch.cat((asks_at[episodes[some] // r, :t], told_at[episodes[some], :m]), 1)
                 parts.append((at, torch.cat((place[:t], place[T:T + m]))))
         return self.attend(tokens, parts)[R * T:].view(R, r, M, -1)

@@ -136,7 +136,7 @@ def forward(model, pool, batch, T, silent=False):
 
 def run_above(gemma, h, real, after):
     """The layers above `after`, on rows h (R, T, D) that are padded on the right; those of about the same length together."""
-    T, parts, out = h.shape[1], by_length(real.sum(1), 4, h.shape[1]), []
+    T, parts, out = h.shape[1], by_length(real.sum(1), 3, h.shape[1]), []
     order = torch.cat([rows for rows, _ in parts])
     for part, (rows, width) in zip(h.index_select(0, order).split([len(rows) for rows, _ in parts]), parts):
         places = Places(gemma.config, len(rows), width, real[rows, :width], None, h.device)

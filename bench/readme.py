@@ -56,9 +56,9 @@ def refusal(name):
 
 
 def edits(name):
-    """What is left after edits, and what ordinary text feels of unrelated facts."""
+    """What is left after edits, what ordinary text feels of unrelated facts, and other ways to answer."""
     result, lead = measured(name)
-    return f"{lead}\n\n" + report({what: result[what] for what in ("edits", "locality") if what in result})
+    return f"{lead}\n\n" + report({what: result[what] for what in ("edits", "locality", "controls") if what in result})
 
 
 def natural(name):
@@ -90,7 +90,8 @@ def made(name):
     """(What to call the run that a shipped memory is from, its settings, the line of its log where it was saved, the last line)."""
     log = logged(MEMORIES[name] / "log.jsonl")
     trained = json.loads((MEMORIES[name] / "memory.json").read_text(encoding="utf-8"))["trained"]
-    return name + (", second run" if trained["init"] else ""), trained, next(line for line in log if line["step"] == trained["step"]), log[-1]
+    runs = len(list(MEMORIES[name].glob("log*.jsonl")))
+    return name + (f", the last of {runs} runs" if runs > 1 else ""), trained, next(line for line in log if line["step"] == trained["step"]), log[-1]
 
 
 def reached(held_out):
@@ -191,7 +192,7 @@ def others_in_short():
     again, gone = edited["told again"], edited["forgotten"]
     rows.append([f"a fact told again with another value, {again['facts']:,} facts", f"{percent(again['recall'])} answer the new one, {percent(again['unchanged'])} the old one"])
     rows.append([f"a fact forgotten, {gone['facts']:,} facts", f"{percent(gone['gone'])} refused or answered otherwise, {percent(gone['others_kept'])} of the others kept"])
-    for r in saved("gemma-3-270m-locality")["locality"]["rows"]:
+    for r in saved("gemma-3-270m-edits")["locality"]["rows"]:
         if r["facts"]:
             rows.append([f"ordinary text, {r['facts']:,} unrelated facts", f"perplexity {r['change']:+.2%}"])
     return table(["Gemma 3 270M", "%"], rows, left=2)
@@ -302,7 +303,7 @@ def code(file, name):
 
 # --------------------------------------------------------------------------------------------------------- filling pages
 
-FIGURES = {"in-short": in_short, "recall": recall, "refusal": refusal, "edits": edits, "natural": natural, "compared": compared,
+FIGURES = {"in-short": in_short, "recall": recall, "refusal": refusal, "edits": edits, "controls": edits, "natural": natural, "compared": compared,
            "training": training, "default": default, "ladder": ladder, "speed": speed, "survival": survival}
 
 

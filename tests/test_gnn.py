@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from gnn import EDGE_FEATURES, NEXT, PREVIOUS, EpisodicMemoryGNN, GATLayer, ReadingAttention, SentenceAttention, SimilarityEdges, by_length, softmax_by_target, time_edges
+from gnn import EDGE_FEATURES, NEXT, PREVIOUS, EpisodicMemoryGNN, GATLayer, ReadingAttention, SentenceAttention, SimilarityEdges, by_length, distances, softmax_by_target, time_edges
 
 N, E, D, C, H, EDGE_DIM = 12, 40, 7, 5, 3, 4
 
@@ -479,7 +479,7 @@ def test_reading_attention_is_sentence_attention_on_both():
                 place = torch.cat((torch.tensor([-9]), torch.arange(4), 20 + torch.arange(6)))        # further apart than `reach`
                 h = h[None, counts]
                 for layer in reading.layers:
-                    h = layer(h, torch.ones(1, h.shape[1], dtype=torch.bool), place[counts])
+                    h = layer(h, torch.ones(1, h.shape[1], dtype=torch.bool), distances(place[counts], 3))
                 torch.testing.assert_close(out[i, e, real[i, e]], F.rms_norm(h, (8,))[0, -int(real[i, e].sum()):], rtol=1e-4, atol=1e-5)
 
 
@@ -491,7 +491,7 @@ def test_many_sentences_are_heard_as_one():
     lengths = torch.randint(1, 30, (200,))
     x = torch.randn(int(lengths.sum()), 6)
     alone = [attention(part, lengths[i:i + 1]) for i, part in enumerate(x.split(lengths.tolist()))]
-    assert len(by_length(lengths, 6, 29)) == 6 and len(by_length(lengths[:20], 6, 29)) == 1
+    assert len(by_length(lengths, 4, 29)) == 4 and len(by_length(lengths[:20], 4, 29)) == 1
     torch.testing.assert_close(attention(x, lengths), torch.cat(alone), rtol=1e-4, atol=1e-5)
     question, found, told = torch.randn(80, 11, 5), torch.randn(80, 3), torch.randn(80, 2, 29, 8)
     asks, real = torch.arange(11) < torch.randint(1, 12, (80, 1)), torch.arange(29) < lengths[:160].view(80, 2, 1)
