@@ -40,7 +40,7 @@ class Ours:
         self.steps = 0
         if args.compile:
             for layer in model.gemma.layers[model.config.inject_after:]:
-                layer.compile()
+                layer.compile(dynamic=True)
         model.train()
 
     def step(self):

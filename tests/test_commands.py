@@ -50,10 +50,17 @@ COMMANDS = {
         (TRAIN + LARGE + "--sentence-layers 2 --reading-layers 3 --reading-dim 8 --candidates 32 --readable 6 --minutes 6.6 --out out/A", Path("out/A/memory.json")),
     'torchrun --nproc_per_node=2 train.py --model gemma-3-270m --sentence-layers 2 --reading-layers 3 --reading-dim 160 --candidates 32 --readable 6 '
     '--init out/A --seed 1 --steps 20000 --minutes 5.6 --batch 1024 --accumulate 2 --bundles 120000 --workers 15 --first-facts 32 --facts 256 --lr 1.2e-3 '
-    '--warmup 50 --tokens 44 --eval-every 400 --dropout 0.1 --compile --out out/270m':
+    '--warmup 50 --tokens 44 --eval-every 400 --dropout 0.1 --compile --out out/B':
+        ("tests/test_train.py::test_two_processes_take_the_steps_of_one", "torch.distributed.run"),
+    'torchrun --nproc_per_node=2 train.py --model gemma-3-270m --sentence-layers 2 --reading-layers 3 --reading-dim 160 --candidates 32 --readable 6 '
+    '--init out/B --seed 2 --steps 20000 --minutes 8.0 --batch 1024 --accumulate 2 --bundles 120000 --workers 15 --first-facts 32 --facts 256 --lr 1.2e-3 '
+    '--warmup 50 --tokens 44 --eval-every 600 --dropout 0.1 --compile --out out/270m':
         ("tests/test_train.py::test_two_processes_take_the_steps_of_one", "torch.distributed.run"),
     'python train.py --model tiny --reading-layers 1 --steps 20000 --minutes 6.9 --batch 1024 --bundles 100000 --workers 14 --facts 128 --warmup 100 --tokens 56 '
-    '--eval-every 500 --compile --out out/tiny': (TRAIN + LARGE + "--reading-layers 1 --reading-dim 8 --minutes 6.9 --out out/tiny", Path("out/tiny/memory.json")),
+    '--eval-every 500 --compile --out out/tiny-first': (TRAIN + LARGE + "--reading-layers 1 --reading-dim 8 --minutes 6.9 --out out/tiny-first", Path("out/tiny-first/memory.json")),
+    'python train.py --model tiny --init out/tiny-first --reading-layers 1 --seed 3 --steps 20000 --minutes 26 --batch 64 --bundles 12000 --facts 64 --first-facts 16 '
+    '--lr 6e-4 --warmup 20 --tokens 56 --eval-every 250 --out out/tiny':
+        (TRAIN + "--init out/tiny-first --reading-layers 1 --reading-dim 8 --minutes 26 --out out/tiny", Path("out/tiny/memory.json")),
     'python -m tiny.pretrain --out tiny --steps 15000 --documents 1000000':
         ("python -m tiny.pretrain --out {tmp}/pretrained --quick --steps 1 --batch 2 --documents 19200 --workers 1", Path("pretrained/model.safetensors")),
     'python -m tiny.pretrain --chapters variants/configs/chapters.json --out out/tiny-bank':
