@@ -318,12 +318,12 @@ def plot(result, path):
     figure, axes = pyplot.subplots(1, 2, figsize=(9.2, 3.4), sharey=True)
     for axis, what, numbers, label in ((axes[0], "recall", taught_sizes(result["settings"]), "facts in memory"),
                                        (axes[1], "turns", result["settings"]["turns"], "other turns since the fact was told")):
-        for name in (name for name in DESIGNS if name in result["designs"]):
-            points = [(n, row["recall"]) for n in numbers if (row := result["designs"][name].get(f"{what} {n}")) and row["recall"]]
+        for name, colour in zip(DESIGNS, pyplot.rcParams["axes.prop_cycle"].by_key()["color"]):        # the same in both, whatever was measured
+            points = [(n, row["recall"]) for n in numbers if (row := result["designs"].get(name, {}).get(f"{what} {n}")) and row["recall"]]
             if points:
                 x, shares = zip(*points)
-                drawn, = axis.plot(x, [100 * s["share"] for s in shares], marker="o", label=TITLES[name], linestyle="--" if name in (PROMPT, NONE) else "-")
-                axis.fill_between(x, [100 * s["low"] for s in shares], [100 * s["high"] for s in shares], color=drawn.get_color(), alpha=0.1, linewidth=0)
+                axis.plot(x, [100 * s["share"] for s in shares], marker="o", label=TITLES[name], color=colour, linestyle="--" if name in (PROMPT, NONE) else "-")
+                axis.fill_between(x, [100 * s["low"] for s in shares], [100 * s["high"] for s in shares], color=colour, alpha=0.1, linewidth=0)
         axis.set(xscale="log", xlabel=label, ylim=(-2, 102))
         axis.set_xticks(numbers, [f"{n:,}" for n in numbers])
         axis.minorticks_off()

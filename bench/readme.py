@@ -75,7 +75,7 @@ def compared(name):
         return f"The designs have not been measured side by side on {name} yet: `python -m bench.compare --model {name}` does."
     result = saved(f"compare-{name}")
     jobs = [row for done in result["designs"].values() for row in done.values()]
-    commands = dict.fromkeys(re.sub(r" --(out|workers|limit) \S+", "", command) for command in result["commands"].values())
+    commands = dict.fromkeys(re.sub(r" --(out|workers|limit|designs) \S+", "", command) for command in result["commands"].values())
     return (f"{'; '.join(f'`{command}`' for command in commands)}; {'; '.join(dict.fromkeys(row['hardware'] for row in jobs))}, "
             f"{sum(row['job_seconds'] for row in jobs) / 60:.0f} minutes. Shares in %, with 95% intervals:\n\n{compare.report(result)}\n\n"
             f"![Recall of each design by facts in memory, and by turns since the fact was told](../bench/results/compare-{name}.png)")
