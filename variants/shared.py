@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from extras.memory_model import MemoryModel
 from extras.pool import groups, judged, pools as draw_pools, summary, wanted
 from gemma import PAD, InputError, Places
-from memory import MemoryModel
 
 
 class Turns:
