@@ -18,18 +18,16 @@ N episodes · k candidates, of which some are read · M tokens of an episode · 
 token · C head width. Where words are compared: W words of a question · U episodes that questions on one memory look at.
 """
 
-import os
-import sys
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from extras.memory_model import MemoryModel, Settings
+from extras.room import Growing, free
 from gemma import BOS, PAD, Injection, InputError, Places
-from gnn import EpisodicMemoryGNN, ReadingAttention, SentenceAttention, SimilarityEdges, time_edges
+from gnn import EpisodicMemoryGNN, ReadingAttention, SentenceAttention, SimilarityEdges, rms_norm, time_edges
 
 PART = 1024                          # facts that are written at a time
 BLOCK = 2 ** 16                      # episodes whose keys are worked out at a time
@@ -130,44 +128,27 @@ class MemoryView:
     tokens: TokenStore
 
 
-class Growing:
-    """Tensors with room behind their end: to append to one copies what is new, and the old only now and then, as in a list."""
-
-    def __init__(self):
-        self.buffers, self.used = {}, {}
-
-    def append(self, name, old, new):
-        """`old` (N, ...), usually what the last call of this name returned, with `new` (n, ...) behind it, on the device of `new`."""
-        buffer, n = self.buffers.get(name), len(old) + len(new)
-        if buffer is None or buffer.data_ptr() != old.data_ptr() or self.used[name] != len(old) or n > len(buffer) or buffer.device != new.device:
-            buffer = new.new_empty(max(n, 3 * len(old) // 2), *new.shape[1:])
-            buffer[:len(old)] = old
-            self.buffers[name] = buffer
-        buffer[len(old):n] = new
-        self.used[name] = n
-        return buffer[:n]
-
-
 class EpisodeGraph:
     """The episodes of one memory in the order they were told, as tensors.
 
     Edges are not stored: those in time follow from the order, those of similarity are drawn when a question is asked. `keys`
-    are worked out at the next question after a change, of those episodes whose neighbourhood changed; while training, whose
-    every step is a change, they are not kept. Nor are the states that token keys are made of, but while training: `states` (all tokens, D).
+    hold those of the first episodes, as many as no change has reached since; the next question has the others worked out, and while
+    training all of them, since every step is a change. States that token keys are made of are kept while training alone: `states`
+    (all tokens, D).
     """
 
     def __init__(self, config, hidden_size, device):
-        self.config, self.device = config, device
+        self.config, self.device, self.width = config, device, node_width(config, hidden_size)
         self.next_id = 0
-        self.clear(hidden_size)
+        self.clear()
 
-    def clear(self, hidden_size):
+    def clear(self):
         long = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=self.device)
         self.ids, self.texts, self.room = [], [], Growing()
         self.tokens = TokenStore(long(0), torch.zeros(0, sum(key_widths(self.config)), dtype=torch.float16, device=self.device), long(0))
+        self.nodes = torch.zeros(0, self.width, device=self.device)        # (N, D or 2 D)
+        self.keys = torch.zeros(0, self.config.heads, self.config.key_dim, device=self.device)
         self.states = None
-        self.nodes = torch.zeros(0, node_width(self.config, hidden_size), device=self.device)   # (N, D or 2 D)
-        self.keys = None
 
     def __len__(self):
         return len(self.ids)
@@ -184,8 +165,7 @@ class EpisodeGraph:
             ids, keys = self.room.append("ids", ids, store.ids), self.room.append("token keys", keys, store.keys.to(home))
             self.nodes = self.room.append("nodes", self.nodes, nodes)
         self.tokens = TokenStore(ids, keys, torch.cat((self.tokens.lengths, *(store.lengths for store, _ in parts))))
-        self.states = None
-        self.keys = None if self.keys is None else self.keys[:-1]          # the last one has got another neighbour
+        self.states, self.keys = None, self.keys[:-1]                      # the last one has got another neighbour
         return new_ids
 
     def forget(self, episode_id):
@@ -198,8 +178,7 @@ class EpisodeGraph:
         cut = lambda flat: torch.cat((flat[:start], flat[start + length:]))
         self.tokens = TokenStore(cut(self.tokens.ids), cut(self.tokens.keys), self.tokens.lengths[keep])
         del self.ids[row], self.texts[row]
-        self.nodes = self.nodes[keep]
-        self.states = self.keys = None
+        self.nodes, self.states, self.keys = self.nodes[keep], None, self.keys[:0]
 
     def view(self, injection):
         """The MemoryView of this one memory (G = 1), with gradients while the injection layer trains."""
@@ -207,11 +186,10 @@ class EpisodeGraph:
         valid = torch.ones(1, N, dtype=torch.bool, device=self.device)
         if training:
             self.keys = injection.gnn.keys(self.nodes, *injection.edges(valid))
-        done = 0 if self.keys is None else len(self.keys)
-        for start in range(done, N, BLOCK):                                # with a neighbour on either side
+        for start in range(len(self.keys), N, BLOCK):                      # with a neighbour on either side
             stop, first, last = min(N, start + BLOCK), max(0, start - 1), min(N, start + BLOCK + 1)
             keys = injection.gnn.keys(self.nodes[first:last], *injection.edges(valid[:, first:last]))[start - first:stop - first]
-            self.keys = self.room.append("keys", keys[:0] if self.keys is None else self.keys, keys)
+            self.keys = self.room.append("keys", self.keys, keys)
         if training:
             self.tokens.keys = injection.token_keys(self.tokens.ids, self.states, self.tokens.lengths)
         return MemoryView(self.keys[None], self.nodes[None], valid, torch.arange(N, device=self.device)[None], self.tokens)
@@ -348,8 +326,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
 
     def values(self, ids):
         """The value of a token: its row of the embedding table, at the size that RMSNorm gives it. (...,) -> (..., D)."""
-        rows = F.embedding(ids, self.table[0])
-        return F.rms_norm(rows, rows.shape[-1:])
+        return rms_norm(F.embedding(ids, self.table[0]))
 
     def features(self, ids, states):
         """What asks and what is asked: a token's state in its sentence, and the token as such. (...,), (..., D) -> (..., F)."""
@@ -365,15 +342,16 @@ class MemoryInjectionLayer(nn.Module, Injection):
         x = self.features(ids, states)
         if self.sentence is not None:
             x = torch.cat((x, self.sentence(x, lengths).to(x.dtype)), -1)
-        nothing = states.new_zeros(len(ids), self.config.heads * self.config.token_key_dim)
         unit = lambda key: F.normalize(self.heads(key).float(), dim=-1).flatten(1)
-        read = match = nothing.float()
+        read = match = torch.zeros(len(ids), self.config.heads * self.config.token_key_dim, device=ids.device)
+        meaning = read[:, :0]
         if self.config.read == "token":
             before = self.token_key_before(x).roll(1, 0).index_fill(0, lengths.cumsum(0) - lengths, 0.0)   # nothing before the first
             read = unit(self.token_key_own(x) + before)
         if self.config.match:
             match = unit(self.match_key(x))
-        meaning = F.rms_norm(self.meaning(x).float(), (self.config.reading_dim,)) if hasattr(self, "meaning") else nothing[:, :0].float()
+        if hasattr(self, "meaning"):
+            meaning = rms_norm(self.meaning(x).float())
         return torch.cat((read, match, meaning), 1).to(working_dtype(ids.device))
 
     # -- asking
@@ -616,7 +594,7 @@ class GemmaWithMemory(MemoryModel):
         super().train(mode)
         if was_training and not mode and len(graph):                       # training changed what the keys are made with
             tokens, nodes = zip(*self.written([self.token_ids(text) for text in graph.texts]))
-            graph.tokens, graph.nodes, graph.states, graph.keys = tokens[0].joined(tokens[1:]), torch.cat(nodes), None, None
+            graph.tokens, graph.nodes, graph.states, graph.keys = tokens[0].joined(tokens[1:]), torch.cat(nodes), None, graph.keys[:0].detach()
         return self
 
     # -- writing
@@ -665,41 +643,18 @@ class GemmaWithMemory(MemoryModel):
             total = features.new_zeros(len(part), features.shape[1]).index_add(0, owner, features)
             yield TokenStore(ids, self.injection.token_keys(ids, states, lengths).half(), lengths), total / lengths[:, None]
 
-    @torch.no_grad()
-    def add_to_memory(self, text, progress=False):
-        """Remember a text, or a list of texts, each as one episode. Returns its id, or the list of ids in order.
-
-        Raises InputError, with nothing stored, for an empty text, one that is no str, or one longer than the context.
-        """
-        texts = [text] if isinstance(text, str) else list(text)
-        reading = tqdm(texts, desc="reading", unit="fact", disable=not progress, file=sys.stderr, leave=False, delay=2)
-        encoded = [self.token_ids(t) for t in reading]
+    def remember(self, texts, encoded, done):
         self.check_room(sum(map(len, encoded)), len(encoded))
-        with tqdm(total=len(texts), desc="remembering", unit="fact", disable=not progress, file=sys.stderr, leave=False, delay=2) as bar:
-            new = self.memory_graph.add(texts, list(self.written(encoded, bar.update)))
-        return new[0] if isinstance(text, str) else new
+        return self.memory_graph.add(texts, list(self.written(encoded, done)))
 
     def check_room(self, tokens, episodes):
         """Raise InputError where so many more can't be kept: a sentence now is better than a machine that stands still later."""
-        if self.gemma.device.type == "cuda":
-            room = torch.cuda.mem_get_info(self.gemma.device)[0]
-        elif hasattr(os, "sysconf"):
-            room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        else:
-            return
         # keys and ids of each token and a node for each episode, twice while the new are joined to the old
-        node = node_width(self.config, self.gemma.config.hidden_size)
-        needed = 2 * (tokens * (2 * sum(key_widths(self.config)) + 8) + episodes * 4 * node)
-        if needed > room:
+        needed = 2 * (tokens * (2 * sum(key_widths(self.config)) + 8) + episodes * 4 * self.memory_graph.width)
+        room = free(self.gemma.device)
+        if room is not None and needed > room:
             raise InputError(f"expected facts that fit into memory, got {episodes:,} that need {needed / 2 ** 30:,.1f} GB of "
                              f"{room / 2 ** 30:,.1f}; remember fewer at a time, in several memories.")
-
-    def forget(self, episode_id):
-        """Remove one episode. Raises InputError for an unknown id."""
-        self.memory_graph.forget(episode_id)
-
-    def clear_memory(self):
-        self.memory_graph.clear(self.gemma.config.hidden_size)
 
     # -- asking
 
@@ -726,7 +681,6 @@ class GemmaWithMemory(MemoryModel):
         self._open()
         ids, mask = self.batch([text])
         self.injection.begin(ids, mask, torch.ones_like(ids), None)
-        h = self.gemma.run_layers(self.gemma.embed(ids), Places(self.gemma.config, *ids.shape, mask, None, ids.device),
-                                  1, self.config.inject_after)
-        self.injection.after_layer(self.config.inject_after, h)
+        places = Places(self.gemma.config, *ids.shape, mask, None, ids.device)
+        self.gemma.run_layers(self.gemma.embed(ids), places, 1, self.config.inject_after, injection=self.injection)
         return self.best(top_k)

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import nn
+from tqdm import tqdm
 
 from gemma import END_OF_TURN, EOS, PAD, Gemma, InputError, Tokenizer, find_model, read_json, replacing, write_json
 
@@ -65,7 +66,7 @@ class MemoryModel(nn.Module):
     """A frozen Gemma and what is trained beside it. Every design of a memory shares this: prompts, answers, files.
 
     A design says in `variant` what it is called and in `Config` what its settings are, makes `injection` (an nn.Module that is
-    an Injection: all that trains) and, if it is told facts, `memory_graph` (what it holds: ids, texts, a length).
+    an Injection: all that trains) and, if it is told facts, `memory_graph` (what it holds: ids, texts, a length) and `remember`.
     gemma: a Gemma; tokenizer: its Tokenizer; config: a Config; base_name: what find_base() finds it by.
     """
 
@@ -107,6 +108,32 @@ class MemoryModel(nn.Module):
             raise InputError(f"expected a fact of at most {most} tokens, got {f'{len(text)} characters' if far_too_long else len(ids)} "
                              f"({text[:40]!r}…); split it into sentences.")
         return ids
+
+    # -- telling
+
+    @torch.no_grad()
+    def add_to_memory(self, text, progress=False):
+        """Remember a text, or a list of texts, each as one episode. Returns its id, or the list of ids in order.
+
+        Raises InputError, with nothing stored, for an empty text, one that is no str, or one longer than the context.
+        """
+        texts, shown = [text] if isinstance(text, str) else list(text), dict(unit="fact", disable=not progress, file=sys.stderr, leave=False, delay=2)
+        encoded = [self.token_ids(t) for t in tqdm(texts, desc="reading", **shown)]
+        with tqdm(total=len(texts), desc="remembering", **shown) as bar:
+            new = self.remember(texts, encoded, bar.update)
+        return new[0] if isinstance(text, str) else new
+
+    def remember(self, texts, encoded, done):
+        """Add episodes, given their texts and token ids (lists, each with <bos>), to the memory. Returns their ids, and on the
+        way calls done(how many)."""
+        raise NotImplementedError
+
+    def forget(self, episode_id):
+        """Remove one episode. Raises InputError for an unknown id."""
+        self.memory_graph.forget(episode_id)
+
+    def clear_memory(self):
+        self.memory_graph.clear()
 
     # -- asking
 
