@@ -208,9 +208,8 @@ def key_widths(config):
 
 def node_features(config, states, embeddings):
     """What the mean of is an episode's node: states and embeddings, each (tokens, D) -> (tokens, D or 2 D)."""
-    if config.node_features == "both":
-        return torch.cat((states, embeddings), -1).float()
-    return (states if config.node_features == "hidden" else embeddings).float()
+    parts = dict(both=(states, embeddings), hidden=(states,), embedding=(embeddings,))[config.node_features]
+    return torch.cat(parts, -1).float()
 
 
 def working_dtype(device):
@@ -274,8 +273,9 @@ class MemoryInjectionLayer(nn.Module, Injection):
         self.register_buffer("state_mean", torch.zeros(D))
         self.register_buffer("state_std", torch.ones(D))
         self.sentence = SentenceAttention(2 * D, config.sentence_dim, config.sentence_layers) if config.sentence_layers else None
-        linear = lambda width, more=0: nn.Linear(2 * D + more, H * width, bias=False)
-        key = lambda: linear(config.token_key_dim, config.sentence_dim if self.sentence else 0)
+        told = 2 * D + (config.sentence_dim if self.sentence else 0)       # what is known of an episode's token; of a question's, 2 D
+        linear = lambda width: nn.Linear(2 * D, H * width, bias=False)
+        key = lambda: nn.Linear(told, H * config.token_key_dim, bias=False)
         each_hop = lambda make: nn.ModuleList(make() for _ in range(config.hops))
         self.query_own, self.query_pool = linear(config.key_dim), linear(config.key_dim)
         self.hop_query = nn.ModuleList(nn.Linear(D, H * config.key_dim, bias=False) for _ in range(config.hops - 1))
@@ -288,7 +288,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
             self.log_token_temperature = nn.Parameter(torch.full((H,), 5.0).log())
             self.end_key = nn.Parameter(torch.randn(H, config.token_key_dim) / config.token_key_dim ** 0.5)
         if meaning:
-            self.meaning = nn.Linear(2 * D + (config.sentence_dim if self.sentence else 0), meaning, bias=False)
+            self.meaning = nn.Linear(told, meaning, bias=False)
             self.understand = ReadingAttention(2 * D, D, meaning, config.reading_layers)
             self.understood_key = nn.Linear(meaning, read, bias=False)
             self.fits = nn.Linear(meaning, H)
@@ -361,10 +361,8 @@ class MemoryInjectionLayer(nn.Module, Injection):
 
         memo: a dict that keeps what the question chose, for `read_on` at later positions.
         """
-        R, T, _ = x.shape
-        asks = torch.arange(R, device=x.device), question.last().clamp(max=T - 1)      # the last position of the question chooses for all
-        pool = question.pool()
-        of_all = self.query_pool(pool)                                     # what the question as a whole asks
+        asks = torch.arange(len(x), device=x.device), question.last().clamp(max=x.shape[1] - 1)            # its last position chooses for all
+        of_all = self.query_pool(question.pool())                          # what the question as a whole asks
         query, kept = self.queries(self.query_own, x, of_all), []
         spare = 0 if memo is None else -(view.tokens.longest + 1) % 32     # what is kept differs less in shape: see gemma.Decoder
         reading = Reading(None, [], [], [], [], [], None, None, None, self.end)
@@ -373,7 +371,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
                 # What was found asks on: "Maria's brother is Tom" turns a question about Maria into one about Tom.
                 found = reading.context.mean(2)
                 query = query + self.hop_query[hop - 1](found)
-            kept.append(self.choose(hop, question, pool, self.heads(query[asks]), found[asks] if hop else None, view, spare, reading))
+            kept.append(self.choose(hop, question, self.heads(query[asks]), found[asks] if hop else None, view, spare, reading))
             weights, inside, reading.context = self.attend(hop, x, query, kept[-1])
             reading.weights.append(weights)
         reading.token_weights, reading.end_weights = inside[..., :-1], inside[..., -1]
@@ -381,10 +379,11 @@ class MemoryInjectionLayer(nn.Module, Injection):
             memo.update({name: torch.stack([of[name] for of in kept]) for name in kept[0]}, query=of_all)
         return reading
 
-    def choose(self, hop, question, pool, at, found, view, spare, reading):
-        """Which episodes are read. pool (R, 1, F) the whole question; at (R, H, C) what asks; found (R, D) by the hop before, or
-        None; spare: empty places behind an episode's tokens. The reading is told what was found. Returns what `attend` needs to
-        know of the episodes that are read."""
+    def choose(self, hop, question, at, found, view, spare, reading):
+        """Which episodes are read: told to the reading, and returned as a dict of what `attend` needs to know of them.
+
+        at (R, H, C): what asks; found (R, D) by the hop before, or None; spare: empty places behind an episode's tokens.
+        """
         config, (G, N), R = self.config, view.valid.shape, len(at)
         memory, count = torch.arange(R, device=at.device)[:, None] // (R // G), view.valid.sum(1)          # (R, 1), (G,)
         # 1. Which episodes? The best k by their keys.
@@ -417,7 +416,8 @@ class MemoryInjectionLayer(nn.Module, Injection):
                     real=F.pad(real, (0, 1), value=True), values=self.values(F.pad(ids, (0, 1), value=self.end)).flatten(1, 2).to(at.dtype))
         if config.read == "token":
             end = F.normalize(self.end_key, dim=-1).to(token_keys.dtype).expand(*token_keys.shape[:2], 1, -1, -1)
-            kept.update(of_all=self.token_query_pool[hop](pool), token_keys=torch.cat((token_keys, end), 2))           # (R, r, M + 1, H, C)
+            kept["token_keys"] = torch.cat((token_keys, end), 2)                                           # (R, r, M + 1, H, C)
+            kept["of_all"] = self.token_query_pool[hop](question.pool())
         if hasattr(self, "said_weight"):
             kept["said"] = F.pad(said.take_along_dim(top[:, None, :, None], 2), (0, spare))                # (R, H, r, M)
         reading.asked.append(asked), reading.candidates.append(best), reading.ranked.append(ranked), reading.chosen.append(chosen)
@@ -445,7 +445,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         # 4. Which of them, or null?
         weights = self.gnn.log_weights(self.heads(query), kept["keys"], kept["valid"], kept["count"], kept["evidence"])
         # 5. Which tokens inside them, or the end of what they have to say?
-        inside = self.weigh_tokens(hop, x, kept.get("of_all"), kept.get("token_keys"), kept["real"], kept.get("said"))
+        inside = self.weigh_tokens(hop, x, kept)
         return weights, inside, self.gnn.pooled_context(weights, inside, kept["values"])
 
     def compare(self, hop, question, found, view, memory, best):
@@ -453,17 +453,10 @@ class MemoryInjectionLayer(nn.Module, Injection):
         theirs. And the other way round, how like each of their tokens is to what the question says, (R, H, k, M).
 
         Late interaction as in ColBERT (https://arxiv.org/abs/2004.12832): of each word the best match counts, weighted by
-        how telling the word is. found (R, D): what the hop before found is one word more.
+        how telling the word is.
         """
         (G, N), device = view.valid.shape, best.device
-        telling = self.match_weight[hop](question.features).float().masked_fill(~question.mask[..., None], -1e4)   # (R, T, H)
-        words = telling.detach().mean(-1).topk(min(WORDS, telling.shape[1]), dim=1).indices[..., None]             # (R, W, 1)
-        telling, real = telling.take_along_dim(words, 1), question.mask[..., None].gather(1, words)
-        q = self.match_query[hop](question.features.take_along_dim(words, 1))
-        if found is not None:
-            q = torch.cat((q, self.match_found[hop - 1](found)[:, None].to(q.dtype)), 1)
-            telling, real = F.pad(telling, (0, 0, 0, 1)), F.pad(real, (0, 0, 0, 1), value=True)
-        q = F.normalize(self.heads(q).float(), dim=-1) * real[..., None]                                   # (R, W, H, C); padding is like nothing
+        q, telling = self.words(hop, question, found)
         # Questions on one memory have candidates in common: each of these, and of those they may borrow from, is compared once.
         back = torch.arange(1 + LOOKBACK * self.config.time_edges, device=device)
         wanted = (best[..., None] - back).clamp(min=0)                                                     # (R, k, B)
@@ -481,8 +474,20 @@ class MemoryInjectionLayer(nn.Module, Injection):
             gates = gates.unflatten(-1, (LOOKBACK, -1)).permute(2, 0, 3, 1)                                # (LOOKBACK, R, H, k)
             for b, (at, gate) in enumerate(zip(before, gates), 1):
                 most = torch.maximum(most, like.take_along_dim(at[:, None, None], -1) * (gate * (best >= b)[:, None])[:, :, None])
-        match = torch.einsum("rhwk,rwh->rhk", most, telling.softmax(1))
+        match = torch.einsum("rhwk,rwh->rhk", most, telling)
         return match, said.take_along_dim(own[:, None, :, None], 2)
+
+    def words(self, hop, question, found):
+        """What is to be matched: the most telling words of the question, and as one more what the hop before `found` (R, D), if it
+        isn't the first. Returns q (R, W, H, C), and how telling each is (R, W, H)."""
+        telling = self.match_weight[hop](question.features).float().masked_fill(~question.mask[..., None], -1e4)   # (R, T, H)
+        words = telling.detach().mean(-1).topk(min(WORDS, telling.shape[1]), dim=1).indices[..., None]             # (R, W, 1)
+        telling, real = telling.take_along_dim(words, 1), question.mask[..., None].gather(1, words)
+        q = self.match_query[hop](question.features.take_along_dim(words, 1))
+        if found is not None:
+            q = torch.cat((q, self.match_found[hop - 1](found)[:, None].to(q.dtype)), 1)
+            telling, real = F.pad(telling, (0, 0, 0, 1)), F.pad(real, (0, 0, 0, 1), value=True)
+        return F.normalize(self.heads(q).float(), dim=-1) * real[..., None], telling.softmax(1)            # padding is like nothing
 
     def likeness(self, q, tokens, episodes):
         """How like each word of R questions is to the most similar word of each episode, and each word of an episode to the
@@ -503,22 +508,21 @@ class MemoryInjectionLayer(nn.Module, Injection):
             fits = fits + self.outdated(fits.mean(2), keys, whole, told)[..., None]
         return fits.mT
 
-    def weigh_tokens(self, hop, x, of_all, keys, real, said):
-        """Attention over the tokens of each episode and its end: (R, T, H, r, M + 1). With read="episode" all tokens weigh the same.
-
-        said (R, H, r, M): what the question says itself is hardly its answer; what stands near it may be.
-        """
+    def weigh_tokens(self, hop, x, kept):
+        """Attention over the tokens of each episode and its end: (R, T, H, r, M + 1). With read="episode" all tokens weigh the same."""
         if self.config.read == "episode":
-            real = F.pad(real[..., :-1], (0, 1))
+            real = F.pad(kept["real"][..., :-1], (0, 1))
             uniform = real / real.sum(-1, keepdim=True).clamp(min=1)
             return uniform[:, None, None].expand(-1, x.shape[1], self.config.heads, -1, -1)
-        query = F.normalize(self.heads(self.queries(self.token_query_own, x, of_all)), dim=-1) * self.log_token_temperature.exp()[:, None]
+        query, keys = self.queries(self.token_query_own, x, kept["of_all"]), kept["token_keys"]
+        query = F.normalize(self.heads(query), dim=-1) * self.log_token_temperature.exp()[:, None]
         scores = torch.einsum("rthc,rkmhc->rthkm", query.to(keys.dtype), keys)
-        if said is not None:
-            around = F.pad(said, (NEAR, NEAR)).unfold(-1, 2 * NEAR + 1, 1)                                 # (R, H, r, M, 2 NEAR + 1)
+        if "said" in kept:
+            # What the question says itself is hardly its answer; what stands near it may be.
+            around = F.pad(kept["said"], (NEAR, NEAR)).unfold(-1, 2 * NEAR + 1, 1)                         # (R, H, r, M, 2 NEAR + 1)
             weight = self.said_weight[hop] * self.log_token_temperature.exp()[:, None]
             scores = scores + F.pad(torch.einsum("rhkmn,hn->rhkm", around, weight), (0, 1))[:, None].to(scores.dtype)
-        return scores.masked_fill(~real[:, None, None], -1e4).softmax(-1)
+        return scores.masked_fill(~kept["real"][:, None, None], -1e4).softmax(-1)
 
     def inject(self, h, context, silent):
         """h + what was read, at the scale of each hidden state; `silent` (R, T) positions stay as they are."""
@@ -538,14 +542,16 @@ class MemoryInjectionLayer(nn.Module, Injection):
     def after_layer(self, layer, h):
         if layer != self.config.inject_after or self.view is None:
             return h
-        x = self.features(self.input_ids, h)
-        if self.question is None and not self.memo:
-            context, heard = self.read_everywhere(x)
-            return self.inject(h, context, ~(self.speaking & heard))
+        x, heard = self.features(self.input_ids, h), self.speaking
         if self.memo:
-            return self.inject(h, self.read_on(x, self.memo), ~self.speaking)
-        self.reading = self.read(x, Question(x, self.question), self.view, self.memo)
-        return self.inject(h, self.reading.context, ~self.speaking)
+            context = self.read_on(x, self.memo)
+        elif self.question is not None:
+            self.reading = self.read(x, Question(x, self.question), self.view, self.memo)
+            context = self.reading.context
+        else:
+            context, sure = self.read_everywhere(x)
+            heard = heard & sure
+        return self.inject(h, context, ~heard)
 
     def read_everywhere(self, x):
         """No prompt is marked: every position asks for itself, with the WINDOW tokens up to it, so that none sees its future.
