@@ -499,8 +499,8 @@ class MemoryInjectionLayer(nn.Module, Injection):
         return cosine.max(-1).values.clamp(min=0).flatten(0, 1).float(), cosine.max(3).values.clamp(min=0).flatten(0, 1).float()
 
     def judge(self, meant, real, keys, told):
-        """Evidence (R, H, r) for the episodes that are read, now that they have been read: meant (R, r, M, dim) by their tokens, of
-        which `real` (R, r, M) exist, keys (R, r, H, C), told (R, r): their places in time."""
+        """Evidence (R, H, r) for the episodes that are read, now that they have been read: meant (R, r, M, dim) what their tokens
+        say to the question, of which `real` (R, r, M) exist, keys (R, r, H, C), told (R, r) their places in time."""
         length = real.sum(-1, keepdim=True).clamp(min=1)                                                   # (R, r, 1)
         fits = self.fits(meant).float().masked_fill(~real[..., None], -1e4).logsumexp(2) - length.log()     # (R, r, H)
         if self.config.similar_edges:
