@@ -39,9 +39,9 @@ import variants
 from bench.common import Parser, commit, hardware, out_folder, percent, plotting, run, save_figure, share, table
 from bench.recall import (ask, complete, examples, memories, mixed, ordinary_text, perplexity, prompt_with, remember, room_for, threshold_of)
 from data_gen import World, open_vocabulary
+from extras.memory_model import SHIPPED, find_base
 from extras.settings import from_file
 from gemma import InputError, check_device, find_model, read_json, write_json
-from memory import SHIPPED, find_base
 from variants.facts import taught
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -41,9 +41,10 @@ import generate
 import train
 from bench.common import ROOT, Parser, commit, hardware, out_folder, run, write_json
 from extras.episode_cache import Known, remember
+from extras.memory_model import question_prompt
 from extras.session import Chat, Session
 from gemma import START_OF_TURN, Gemma, GemmaConfig, InputError, Tokenizer
-from memory import GemmaWithMemory, MemoryConfig, question_prompt
+from memory import GemmaWithMemory, MemoryConfig
 
 SECONDS, BYTES = 10, 2 << 30             # what one case may take
 FACTS = ["Maria lives in Lisbon.", "Tom's locker code is 4821.", "Ana moved to Oslo."]

@@ -30,8 +30,9 @@ from tqdm import tqdm
 import train
 from bench.common import Parser, commit, hardware, out_folder, percent, plotting, run, save_figure, share, table
 from data_gen import KINDS
+from extras.memory_model import find_base
 from gemma import Gemma, InputError, Tokenizer, check_device, find_model, read_json, write_json
-from memory import GemmaWithMemory, MemoryConfig, find_base
+from memory import GemmaWithMemory, MemoryConfig
 from train import Pool, TrainConfig
 
 SIZES = (16, 64)

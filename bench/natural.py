@@ -16,8 +16,9 @@ import torch
 
 from bench.common import Parser, commit, hardware, out_folder, percent, run, share, table
 from bench.recall import ask, remember
+from extras.memory_model import DONT_KNOW
 from gemma import InputError, check_device, read_json, write_json
-from memory import DONT_KNOW, GemmaWithMemory
+from memory import GemmaWithMemory
 
 SET = Path(__file__).with_name("natural.json")
 COLUMNS = {"exact": "exact", "kindly": "kindly", "first": "right episode first", "refused_wrongly": "refused wrongly",

@@ -29,8 +29,9 @@ from tqdm import tqdm
 import variants
 from bench.common import Parser, commit, hardware, out_folder, percent, plotting, run, save_figure, share, table
 from data_gen import FEWEST_FACTS, World, open_vocabulary
+from extras.memory_model import SHIPPED
 from gemma import PAD, InputError, KVCache, check_device, read_json, write_json
-from memory import SHIPPED, MemoryView, TokenStore
+from memory import MemoryView, TokenStore
 
 PARTS = ("recall", "refusal", "edits", "locality", "controls")
 ANSWERABLE = ("lookup", "update", "coreference", "two_hop", "list")

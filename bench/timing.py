@@ -9,8 +9,9 @@ import torch
 from tqdm import tqdm
 
 from bench.common import ROOT, commit, hardware, write_json
+from extras.memory_model import find_base
 from gemma import Gemma, GemmaConfig, InputError, Tokenizer
-from memory import GemmaWithMemory, MemoryConfig, find_base
+from memory import GemmaWithMemory, MemoryConfig
 
 # The shape of google/gemma-3-1b-it, as its config.json gives it, and of something that is done in seconds.
 SHAPES = {

@@ -21,8 +21,8 @@ import train
 from bench.common import Parser, percent, run, table
 from bench.timing import SHAPES, finish, in_turn, matrix_rate, model_of, seconds, transformers_of
 from data_gen import World
+from extras.memory_model import question_prompt
 from gemma import InputError, check_device, read_json
-from memory import question_prompt
 
 TOKENS, AFTER = 56, 8                    # longest question with its answer; the layer that the plan's memory follows
 

@@ -10,8 +10,9 @@ import zlib
 import torch
 
 from exercises.checking import Failed
+from extras.memory_model import question_prompt
 from extras.pool import Pool, answer_tokens
-from memory import GemmaWithMemory, MemoryConfig, question_prompt
+from memory import GemmaWithMemory, MemoryConfig
 from train import TrainConfig, evaluate, forward
 
 TOKENS = 40                              # longest question with its answer

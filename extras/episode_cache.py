@@ -89,7 +89,7 @@ def remember(model, ids, texts, known, progress=True):
     else:
         tokens, nodes = assemble(model, rows, encoded, known, progress)
     graph.ids, graph.texts, graph.next_id = list(ids), list(texts), max(graph.next_id, max(ids) + 1)
-    graph.tokens, graph.nodes, graph.states, graph.keys = tokens, nodes, None, None
+    graph.tokens, graph.nodes, graph.states, graph.keys = tokens, nodes, None, graph.keys[:0]
     return len(encoded)
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
+from extras.memory_model import DONT_KNOW
 from gemma import InputError, replacing
-from memory import DONT_KNOW, MemoryInjectionLayer
+from memory import MemoryInjectionLayer
 
 TEMPLATE = Path(__file__).with_name("explain.html")
 LIKELY = 5                           # next tokens that are shown, of those with and of those without the memory

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data_gen import KINDS, World, open_vocabulary
+from extras.memory_model import question_prompt
 from gemma import BOS, PAD, Places, Tokenizer
-from memory import TokenStore, node_features, question_prompt
+from memory import TokenStore, node_features
 
 TEXT = len(KINDS)                       # the kind of a sequence that is ordinary text
 LONGEST = 8                             # sentences of a bundle; the one in 200 that is longer would not fit into the smallest memories

@@ -18,8 +18,8 @@ def prose(page):
 
 
 def known(name):
-    """Whether any of the six files, or the pool of the fifth, defines a name such as Gemma.run_layers."""
-    for file in (*FILES, "extras/pool.py"):
+    """Whether any of the six files, or what the third and the fifth are built on, defines a name such as Gemma.run_layers."""
+    for file in (*FILES, "extras/memory_model.py", "extras/pool.py"):
         try:
             return bool(find(file, name))
         except InputError:

@@ -10,8 +10,9 @@ import torch
 import generate
 from browser import browser  # noqa: F401 (a fixture)
 from extras import explain
+from extras.memory_model import DONT_KNOW
 from gemma import InputError
-from memory import DONT_KNOW, GemmaWithMemory
+from memory import GemmaWithMemory
 from toy import FACTS, one_thread, toy_model  # noqa: F401 (one_thread is a fixture)
 
 QUESTION = "Who has a bike?"

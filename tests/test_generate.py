@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import generate
+from extras.memory_model import DONT_KNOW
 from gemma import END_OF_TURN, EOS
-from memory import DONT_KNOW, GemmaWithMemory
+from memory import GemmaWithMemory
 from toy import FACTS, interruptible, one_thread, toy_base, toy_model  # noqa: F401 (one_thread is a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent

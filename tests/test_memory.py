@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from extras.memory_model import DONT_KNOW
 from gemma import BOS, PAD, Gemma, InputError, KVCache, Tokenizer
-from memory import DONT_KNOW, HUSHED, LOOKBACK, NEAR, WINDOW, WORDS, GemmaWithMemory, MemoryConfig, MemoryView, Question, TokenStore
+from memory import HUSHED, LOOKBACK, NEAR, WINDOW, WORDS, GemmaWithMemory, MemoryConfig, MemoryView, Question, TokenStore
 from toy import FACTS, one_thread, toy_base, toy_model  # noqa: F401 (one_thread is a fixture)
 
 QUESTIONS = ["Where does Maria live?", "What is Tom's locker code?", "Who has the red bike that we saw yesterday?", "Who?"]
@@ -254,7 +255,7 @@ def test_cached_equals_uncached(full):
     assert torch.equal(uncached[:, T - 1:-1].argmax(-1), new)
 
 
-def evidence(layer, *arguments):
+def matches(layer, *arguments):
     return layer.compare(0, *arguments)[0]
 
 
@@ -309,21 +310,21 @@ def test_packed_memories_are_separate_memories(full, similar_edges):
 
 @torch.no_grad()
 def test_each_candidate_is_compared_for_itself(full):
-    """Catches evidence, or what was said, that goes to another candidate or row where comparisons are shared and done 256 sentences at a time."""
+    """Catches a match, or what was said, that goes to another candidate or row where comparisons are shared and done 256 sentences at a time."""
     layer = full.injection
     layer.config = replace(full.config, similar_edges=False)
     view = fresh(full, [f"{fact} {i}" for i in range(45) for fact in FACTS]).memory_graph.view(layer)
     x, question = random_question(full, 3)
     best = torch.stack([torch.randperm(360)[:120] for _ in range(3)])
-    graph, keys = torch.zeros(3, dtype=torch.long), view.keys[0][best]
-    together = evidence(layer, question, None, view, graph, best, keys)
+    memory = torch.zeros(3, 1, dtype=torch.long)
+    together = matches(layer, question, None, view, memory, best)
     assert together.std(-1).min() > 1e-3
     for i in range(0, 120, 7):
-        alone = evidence(layer, question, None, view, graph, best[:, i:i + 1], keys[:, i:i + 1])
+        alone = matches(layer, question, None, view, memory, best[:, i:i + 1])
         torch.testing.assert_close(together[..., i:i + 1], alone, rtol=1e-4, atol=1e-4)
-    _, said = layer.compare(0, question, None, view, graph, best, keys)
-    _, said_alone = layer.compare(0, question, None, view, graph, best[:, 99:], keys[:, 99:])
-    torch.testing.assert_close(said(best[:, 110:]), said_alone(best[:, 110:]), rtol=1e-4, atol=1e-4)
+    _, said = layer.compare(0, question, None, view, memory, best)
+    _, said_alone = layer.compare(0, question, None, view, memory, best[:, 99:])
+    torch.testing.assert_close(said[:, :, 99:], said_alone, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -333,17 +334,17 @@ def test_borrowing_stops_at_the_first_sentence(full):
     layer.config = replace(full.config, similar_edges=False)
     layer.lookback.weight.zero_()
     view, _ = packed(full, [FACTS[:4], FACTS[4:]])
-    best, graph = torch.arange(4).expand(4, -1), torch.tensor([0, 0, 1, 1])
+    best, memory = torch.arange(4).expand(4, -1), torch.tensor([[0], [0], [1], [1]])
     with_gate = []
     for back in range(LOOKBACK + 1):                                       # which gate is open: none, that of the sentence before, of two before
         layer.lookback.bias.copy_(torch.tensor([100.0 if b == back else -100.0 for b in range(1, LOOKBACK + 1)]).repeat_interleave(2))
-        with_gate.append(evidence(layer, question, None, view, graph, best, view.keys[graph]))
+        with_gate.append(matches(layer, question, None, view, memory, best))
     for back in range(1, LOOKBACK + 1):
         assert torch.equal(with_gate[back][..., :back], with_gate[0][..., :back])
         more = with_gate[back] > with_gate[0]
         assert (with_gate[back] >= with_gate[0]).all() and more[..., back:].flatten(1).any(1).all()
     layer.config = replace(full.config, similar_edges=False, time_edges=False)
-    torch.testing.assert_close(evidence(layer, question, None, view, graph, best, view.keys[graph]), with_gate[0])
+    torch.testing.assert_close(matches(layer, question, None, view, memory, best), with_gate[0])
 
 
 @torch.no_grad()

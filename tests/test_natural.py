@@ -10,8 +10,9 @@ import torch
 from bench import natural
 from bench.common import run
 from bench.recall import Reply
+from extras.memory_model import DONT_KNOW
 from gemma import Gemma, Tokenizer, read_json
-from memory import DONT_KNOW, GemmaWithMemory, MemoryConfig
+from memory import GemmaWithMemory, MemoryConfig
 from toy import one_thread, toy_base  # noqa: F401
 
 MEMORIES = read_json(natural.SET)["memories"]

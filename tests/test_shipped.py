@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from data_gen import World
-from memory import DONT_KNOW, GemmaWithMemory
+from extras.memory_model import DONT_KNOW
+from memory import GemmaWithMemory
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,8 +9,9 @@ import torch
 
 import memory
 from bench import decode, gat, memory_scale, timing, train_step
+from extras.room import Growing
 from gemma import InputError, KVCache
-from memory import GemmaWithMemory, Growing
+from memory import GemmaWithMemory
 from toy import FACTS, one_thread, toy_model  # noqa: F401 (one_thread is a fixture)
 
 QUESTIONS = ["Where does Maria live?", "Who has the red bike that we saw yesterday?", "Who?"]

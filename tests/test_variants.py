@@ -11,10 +11,11 @@ import generate
 import train
 import variants
 from bench import recall
+from extras.memory_model import DONT_KNOW, question_prompt
 from extras.pool import Pool
 from extras.settings import read_settings
 from gemma import InputError
-from memory import DONT_KNOW, GemmaWithMemory, question_prompt
+from memory import GemmaWithMemory
 from toy import FACTS, one_thread, toy_base  # noqa: F401 (one_thread is a fixture)
 from variants.cross_attention import CrossConfig
 from variants.prefix import SLOT, PrefixConfig, with_slots

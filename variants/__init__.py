@@ -12,11 +12,11 @@
     lora       lora.py                low-rank changes of the base's own matrices; facts are trained in
     none       none.py                the base alone: what all others have to beat
 
-A design is one class in its file, found by NAMES below, and derives from memory.MemoryModel, which brings prompts, answers,
-`forward`, saving and loading (memory.json names the variant; `load` picks the class by it). It has
+A design is one class in its file, found by NAMES below, and derives from MemoryModel (extras/memory_model.py), which brings
+telling, prompts, answers, `forward`, saving and loading (memory.json names the variant; `load` picks the class by it). It has
 
     variant            its name
-    Config             a dataclass that derives from memory.Settings: bool, int, float or str fields, each with a default
+    Config             a dataclass that derives from Settings (there too): bool, int, float or str fields, each with a default
                        and, under metadata={"help": …}, its reason. Each is an option of train.py and a name in a JSON file
                        (--config; examples in variants/configs/). `check(source)` raises InputError for bad values. No name
                        that TrainConfig has; `chat` is a must, and `null_threshold` where the design can tell what it
@@ -29,8 +29,8 @@ A design is one class in its file, found by NAMES below, and derives from memory
 
 and if it is told facts also (shared.Told has most of it)
 
-    add_to_memory(text or list, progress=False) -> id or ids;  forget(id);  clear_memory();  recall(text, top_k)
-    memory_graph       what it holds: `ids` and `texts` in the order told, and a length (shared.Turns is one)
+    remember(texts, token ids of each, done) -> ids: what add_to_memory does with them;  recall(text, top_k)
+    memory_graph       what it holds: `ids` and `texts` in the order told, a length, forget(id), clear() (shared.Turns is one)
     _open()            sets self.injection.view to the memory as it is now (None: nothing, then logits are the base's to the
                        bit), before anything is asked. Views of several memories become one, a row each, by their static
                        method `side_by_side([view, …])`: the benches ask many small memories at once.
@@ -55,8 +55,8 @@ A Lesson is what train.py's loop asks for steps and figures:
 from importlib import import_module
 from pathlib import Path
 
+from extras.memory_model import SHIPPED
 from gemma import InputError, read_json
-from memory import SHIPPED
 
 NAMES = {"graph": "memory.GemmaWithMemory", "prefix": "variants.prefix.PrefixMemory", "cross": "variants.cross_attention.CrossAttentionMemory",
          "chapters": "variants.chapters.ChapterMemory", "lora": "variants.lora.LoraMemory", "none": "variants.none.NoMemory"}

@@ -38,8 +38,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from extras.memory_model import Settings
 from gemma import BOS, PAD, Injection, InputError, Places, RMSNorm
-from memory import Settings
 from variants.shared import PoolLesson, Told
 
 PARTS = dict(final=1, both=2, near=3)      # F / D

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 
 from data_gen import World, open_vocabulary
+from extras.memory_model import Settings, question_prompt
 from extras.pool import autocast
 from gemma import BOS, PAD, InputError, Places
-from memory import Settings, question_prompt
 
 WORDINGS, QUESTIONS, UNSEEN = 6, 24, 2      # of a fact that is drawn; wordings that come twice count once
 TOLD_OF_ONE = {1: 0.3, 2: 0.4, 3: 0.3}      # facts about one subject: its name alone must not give the answer away

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from extras.memory_model import Settings
 from gemma import Injection
-from memory import Settings
 from variants.shared import PoolLesson, Told
 
 

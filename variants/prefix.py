@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from extras.memory_model import Settings
 from extras.pool import Asked
 from gemma import BOS, PAD, Injection, InputError, Places
 from gnn import EpisodicMemoryGNN, time_edges
-from memory import Settings, pooled
+from memory import pooled
 from variants.shared import PoolLesson, Told
 
 SLOT = 6                                 # <unused0>: no text ever makes it

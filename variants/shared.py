@@ -1,14 +1,11 @@
 """What the designs share: the turns they were told, and how those that are told facts are trained."""
 
-import sys
-
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
+from extras.memory_model import MemoryModel
 from extras.pool import groups, judged, pools as draw_pools, summary, wanted
 from gemma import PAD, InputError, Places
-from memory import MemoryModel
 
 
 class Turns:
@@ -78,31 +75,21 @@ class Told(MemoryModel):
         """What the injection sees of the turns that are stored, of which there is at least one."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def add_to_memory(self, text, progress=False):
-        """Remember a text, or a list of texts, each as one turn. Returns its id, or the list of ids in order.
-
-        Raises InputError, with nothing stored, for an empty text, one that is no str, or one longer than the context.
-        """
-        texts = [text] if isinstance(text, str) else list(text)
-        encoded, kept = [self.token_ids(t) for t in texts], []
-        with tqdm(total=len(texts), desc="remembering", unit="fact", disable=not progress, file=sys.stderr, leave=False, delay=2) as bar:
-            size = max(1, min(64, 8192 // max(map(len, encoded), default=1)))   # long ones a few at a time: bounded memory
-            for start in range(0, len(encoded), size):
-                kept += self.keep(encoded[start:start + size])
-                bar.update(len(kept) - bar.n)
+    def remember(self, texts, encoded, done):
+        kept, size = [], max(1, min(64, 8192 // max(map(len, encoded), default=1)))            # long ones a few at a time: bounded memory
+        for start in range(0, len(encoded), size):
+            kept += self.keep(encoded[start:start + size])
+            done(len(encoded[start:start + size]))
         self.view = None
-        new = self.memory_graph.add(texts, kept)
-        return new[0] if isinstance(text, str) else new
+        return self.memory_graph.add(texts, kept)
 
-    def forget(self, turn_id):
-        """Remove one turn. Raises InputError for an unknown id."""
+    def forget(self, episode_id):
         self.view = None
-        self.memory_graph.forget(turn_id)
+        super().forget(episode_id)
 
     def clear_memory(self):
         self.view = None
-        self.memory_graph.clear()
+        super().clear_memory()
 
     def train(self, mode=True):
         super().train(mode)
