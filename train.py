@@ -48,7 +48,7 @@ class TrainConfig:
     variant: str = field(default="graph", metadata={"help": f"the design of the memory: {', '.join(variants.NAMES)}"})
     model: str = field(default="tiny", metadata={"help": "the base: tiny, gemma-3-270m, a folder, or a Hub id"})
     out: str = field(default="out/memory", metadata={"help": "folder for the trained memory, its checkpoint and log"})
-    steps: int = field(default=320, metadata={"help": "optimizer steps"})
+    steps: int = field(default=300, metadata={"help": "optimizer steps"})
     minutes: float = field(default=0.0, metadata={"help": "end after so many minutes of training if the steps are not done by then; 0: never"})
     batch: int = field(default=64, metadata={"help": "R: questions a step"})
     accumulate: int = field(default=1, metadata={"help": "batches whose gradients are added up to one step; several processes share them out"})
@@ -351,7 +351,7 @@ def train(settings, memory_config=None, model=None, pools=None):
                 waited = waited + 1 if best is not None and score <= best else 0
                 last_step = last_step or 0 < settings.patience <= waited
                 if last_step:
-                    for N, alone in lesson.evaluate(silent=True).items():
+                    for N, alone in lesson.evaluate(silent=True, questions=128).items():
                         last[N]["base_alone"] = alone["recall"]
                 if best is None or score >= best:
                     best = score

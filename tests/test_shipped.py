@@ -69,7 +69,7 @@ def test_gemma_3_270m_answers(weights_270m):
     silent_when_empty(model)
     right, total = exact_match(model, 12, 2)
     print(f"gemma-3-270m, 4 facts, lookup: {right} of {total}")
-    assert 20 <= total and right >= 0.8 * total, f"{right} of {total}"
+    assert 20 <= total and right >= 0.65 * total, f"{right} of {total}"
 
 
 # -------------------------------------------------------------------------------------------------------- the repository
