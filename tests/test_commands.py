@@ -57,10 +57,7 @@ COMMANDS = {
     '--warmup 50 --tokens 44 --eval-every 600 --dropout 0.1 --compile --out out/270m':
         ("tests/test_train.py::test_two_processes_take_the_steps_of_one", "torch.distributed.run"),
     'python train.py --model tiny --reading-layers 1 --steps 20000 --minutes 6.9 --batch 1024 --bundles 100000 --workers 14 --facts 128 --warmup 100 --tokens 56 '
-    '--eval-every 500 --compile --out out/tiny-first': (TRAIN + LARGE + "--reading-layers 1 --reading-dim 8 --minutes 6.9 --out out/tiny-first", Path("out/tiny-first/memory.json")),
-    'python train.py --model tiny --init out/tiny-first --reading-layers 1 --seed 3 --steps 20000 --minutes 26 --batch 64 --bundles 12000 --facts 64 --first-facts 16 '
-    '--lr 6e-4 --warmup 20 --tokens 56 --eval-every 250 --out out/tiny':
-        (TRAIN + "--init out/tiny-first --reading-layers 1 --reading-dim 8 --minutes 26 --out out/tiny", Path("out/tiny/memory.json")),
+    '--eval-every 500 --compile --out out/tiny': (TRAIN + LARGE + "--reading-layers 1 --reading-dim 8 --minutes 6.9 --out out/tiny", Path("out/tiny/memory.json")),
     'python -m tiny.pretrain --out tiny --steps 15000 --documents 1000000':
         ("python -m tiny.pretrain --out {tmp}/pretrained --quick --steps 1 --batch 2 --documents 19200 --workers 1", Path("pretrained/model.safetensors")),
     'python -m tiny.pretrain --chapters variants/configs/chapters.json --out out/tiny-bank':
