@@ -108,6 +108,7 @@ class TokenLayer(nn.Module):
 
 
 def rms_norm(h):
+    """h (..., dim) at a root mean square of 1, without a learned weight."""
     return F.rms_norm(h, h.shape[-1:])
 
 
@@ -142,7 +143,7 @@ class TokenAttention(nn.Module):
     def attend(self, tokens, parts):
         """tokens (n, dim); parts: list of (at, place), at (E, M) being the token that stands at each place (M,) of E graphs, n for
         none -> (n, dim). All parts are filled and emptied at once, and so are their gradients."""
-        n, every, out = len(tokens), torch.cat([at.flatten() for at, _ in parts]), []
+        n, every, out = len(tokens), torch.cat([at.flatten() for at, _ in parts]), []           # every: (all places of all graphs,)
         filled = F.pad(tokens, (0, 0, 0, 1)).index_select(0, every).split([at.numel() for at, _ in parts])
         for h, (at, place) in zip(filled, parts):
             h = h.clone().unflatten(0, at.shape)       # (E, M, dim); a view that starts elsewhere would be compiled anew
@@ -150,6 +151,7 @@ class TokenAttention(nn.Module):
             for layer in self.layers:
                 h = layer(h, at < n, far)
             out.append(rms_norm(h).flatten(0, 1))
+        # The way back: in which of these places each token lies; one that stands nowhere gets what nobody reads.
         lies = every.new_zeros(n + 1).scatter(0, every, torch.arange(len(every), device=every.device))
         return torch.cat(out).index_select(0, lies[:-1])
 

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from data_gen import KINDS
-from gemma import InputError
+from gemma import InputError, Places
+from gnn import by_length
 from memory import GemmaWithMemory, MemoryConfig, Reading
 from toy import one_thread, toy_base  # noqa: F401 (one_thread is a fixture)
 
@@ -46,6 +47,20 @@ def untrained(shipped, pool, config=None, seed=SETTINGS.seed):
     model = GemmaWithMemory(shipped.gemma, shipped.tokenizer, config or MemoryConfig(), shipped.base_name)
     pool.set_statistics(model)
     return model
+
+
+@torch.no_grad()
+def test_rows_above_come_back_in_their_order(shipped):
+    """Catches rows that are put together by length for the layers above and come back elsewhere, cut short, or hearing padding."""
+    gemma, after, T = shipped.gemma, shipped.config.inject_after, 30
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, T + 1, (60,), generator=generator)
+    h, real = torch.randn(60, T, gemma.config.hidden_size, generator=generator), torch.arange(T) < lengths[:, None]
+    assert len(by_length(lengths, 3, T)) == 3
+    together = train.run_above(gemma, h, real, after)
+    for i, n in enumerate(lengths.tolist()):
+        alone = gemma.run_layers(h[i:i + 1, :n], Places(gemma.config, 1, n, None, None, h.device), after + 1)[0]
+        torch.testing.assert_close(together[i, :n], alone, rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture
