@@ -57,9 +57,10 @@ LIST = 0.37                                 # an attribute that may have two val
 UNSAID, FRAMED, BOTH = 0.12, 0.45, 0.15     # the second of them without a word that it is one, up to here in a frame ("Besides, …"); questions for "both"
 RESTATED, MARKED = 0.3, 0.2                 # updates that never say they are (besides a fifth of the rest); first values told as if they had changed;
                                             # these five only in training's words: the order decides, not who says "now"
-SECOND_QUESTION, UNANSWERABLE = 0.3, 0.4    # a second phrasing; one more question, that can't be answered,
+SECOND_QUESTION, UNANSWERABLE = 0.3, 0.6    # a second phrasing; one more question, that can't be answered,
 UNKNOWN = 0.3                               # because its subject is unknown (else: the attribute wasn't told)
 INVENTED, OPEN_VALUE = 0.18, 0.35           # names, and values, that no list holds
+SYLLABLES = 0.12                            # words of these that are no words at all: "quozannd timorlo"
 QUOTED, WRAPPED = 0.1, 0.12                 # values in quotes; facts inside a longer utterance
 FILLED, WORN = 0.15, 0.1                    # sentences with a filler, "I think", somewhere; and without some small word
 SMALL = {"the", "a", "an", "is", "was", "that", "so", "just", "now", "and", "of", "to", "has", "it's"}
@@ -230,9 +231,9 @@ class World:
         choices.update({name: list(of_split(lists, split)) for name, lists in data["values"].items()})
         choices.update({name: [] for name in data["shapes"]}, first=first["female"] + first["male"], last=last)
         choices["Syl"] = [syllable.capitalize() for syllable in choices["syl"]]
-        choices["word"] = words or [self.compile("{syl}{syl}"), self.compile("{syl}{syl}{coda}")]
-        choices["Word"] = [word[0].upper() + word[1:] for word in words if word[1:].islower()] or \
-            [self.compile("{Syl}{syl}"), self.compile("{Syl}{syl}{coda}")]
+        for name, syllable, real in (("word", "{syl}", words), ("Word", "{Syl}", [word[0].upper() + word[1:] for word in words if word[1:].islower()])):
+            made = [self.compile(syllable + "{syl}"), self.compile(syllable + "{syl}{coda}")]
+            choices[name] = real + made * max(1, round(SYLLABLES / (1 - SYLLABLES) * len(real) / 2))
         choices["Name"] = [word for word in choices["Word"] if type(word) is tuple or len(word) > 3]
         for name, patterns in data["shapes"].items():
             choices[name] += map(self.compile, patterns)

@@ -140,6 +140,13 @@ class TokenAttention(nn.Module):
         self.reach = reach
         self.layers = nn.ModuleList(TokenLayer(dim, heads, reach) for _ in range(layers))
 
+    def run_layers(self, h, real, place):
+        """h (E, M, dim) and real (E, M) as for a layer, place (M,) where the tokens stand -> (E, M, dim), normalised."""
+        far = distances(place, self.reach)
+        for layer in self.layers:
+            h = layer(h, real, far)
+        return rms_norm(h)
+
     def attend(self, tokens, parts):
         """tokens (n, dim); parts: list of (at, place), at (E, M) being the token that stands at each place (M,) of E graphs, n for
         none -> (n, dim). All parts are filled and emptied at once, and so are their gradients."""
@@ -147,10 +154,7 @@ class TokenAttention(nn.Module):
         filled = F.pad(tokens, (0, 0, 0, 1)).index_select(0, every).split([at.numel() for at, _ in parts])
         for h, (at, place) in zip(filled, parts):
             h = h.clone().unflatten(0, at.shape)       # (E, M, dim); a view that starts elsewhere would be compiled anew
-            far = distances(place, self.reach)
-            for layer in self.layers:
-                h = layer(h, at < n, far)
-            out.append(rms_norm(h).flatten(0, 1))
+            out.append(self.run_layers(h, at < n, place).flatten(0, 1))
         # The way back: in which of these places each token lies; one that stands nowhere gets what nobody reads.
         lies = every.new_zeros(n + 1).scatter(0, every, torch.arange(len(every), device=every.device))
         return torch.cat(out).index_select(0, lies[:-1])

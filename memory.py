@@ -219,6 +219,7 @@ def working_dtype(device):
 
 # ---------------------------------------------------------------------------------------------- the injection layer
 
+PRECEDING = 2                        # tokens before one that the key it is read by knows
 LOOKBACK = 2                         # sentences before a pronoun's that may say who is meant
 NEAR = 2                             # tokens before and after one that may be what the question says
 WORDS = 12                           # the most telling words of a question are compared
@@ -284,7 +285,9 @@ class MemoryInjectionLayer(nn.Module, Injection):
         if config.read == "token":
             self.token_query_own = linear(config.token_key_dim)
             self.token_query_pool = each_hop(lambda: linear(config.token_key_dim))
-            self.token_key_own, self.token_key_before = key(), key()
+            self.token_key_own = key()
+            self.token_key_before = nn.ModuleList(key() for _ in range(PRECEDING))
+            nn.init.zeros_(self.token_key_before[-1].weight)               # which starts silent
             self.log_token_temperature = nn.Parameter(torch.full((H,), 5.0).log())
             self.end_key = nn.Parameter(torch.randn(H, config.token_key_dim) / config.token_key_dim ** 0.5)
         if meaning:
@@ -337,7 +340,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         """Keys of the tokens of episodes that lie end to end: ids (all,), states (all, D), lengths (episodes,) -> (all, 2 * H * C + reading_dim).
 
         The key that a token is read by also says what stands before it: "the token after the one I just said" is then one
-        lookup, as in an induction head (https://arxiv.org/abs/2209.11895).
+        lookup, as in an induction head (https://arxiv.org/abs/2209.11895). One token isn't enough: 4471 has two 4s.
         """
         x = self.features(ids, states)
         if self.sentence is not None:
@@ -346,8 +349,9 @@ class MemoryInjectionLayer(nn.Module, Injection):
         read = match = torch.zeros(len(ids), self.config.heads * self.config.token_key_dim, device=ids.device)
         meaning = read[:, :0]
         if self.config.read == "token":
-            before = self.token_key_before(x).roll(1, 0).index_fill(0, lengths.cumsum(0) - lengths, 0.0)   # nothing before the first
-            read = unit(self.token_key_own(x) + before)
+            place = torch.arange(len(ids), device=ids.device) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths, output_size=len(ids))
+            before = [key(x).roll(back, 0).masked_fill((place < back)[:, None], 0.0) for back, key in enumerate(self.token_key_before, 1)]
+            read = unit(self.token_key_own(x) + sum(before))
         if self.config.match:
             match = unit(self.match_key(x))
         if hasattr(self, "meaning"):
@@ -585,7 +589,7 @@ def pooled(x, mask):
 class GemmaWithMemory(MemoryModel):
     """A frozen Gemma and the graph memory that it answers from."""
 
-    variant, Config, saved_as = "graph", MemoryConfig, torch.bfloat16
+    variant, Config, eight_bits = "graph", MemoryConfig, True
 
     def __init__(self, gemma, tokenizer, config=None, base_name=None):
         super().__init__(gemma, tokenizer, config, base_name)

@@ -37,7 +37,7 @@ from extras.checkpoint import load_checkpoint, save_checkpoint
 from extras.pool import TEXT, Pool, answer_tokens, autocast, groups, judged, pools as draw_pools, summary, wanted  # noqa: F401
 from extras.settings import read_settings
 from gemma import InputError, Places, check_device, replacing
-from gnn import TokenLayer, by_length
+from gnn import TokenAttention, by_length
 from memory import GemmaWithMemory, MemoryView, Question, TokenStore
 
 
@@ -204,8 +204,8 @@ class GraphLesson:
         self.model, self.settings = model, settings
         self.pool, self.held_out = pools or draw_pools(model, settings, progress)
         self.pool.set_statistics(model)
-        self.layers = [*model.gemma.layers[model.config.inject_after:],    # for --compile
-                       *(module for module in model.injection.modules() if isinstance(module, TokenLayer))]
+        # Most of a step's work, for --compile: each a whole stack of layers, since every call of what is compiled takes its time too.
+        self.stacks = [model.gemma, *(module for module in model.injection.modules() if isinstance(module, TokenAttention))]
 
     def loss(self, N, generator):
         """One batch with memories of at most N facts -> {"loss": to be minimised, and its parts}, drawn by the generator alone."""
@@ -237,6 +237,12 @@ def schedule(settings, step, seconds):
     # small memories are quick to learn from: the first stages are short
     stage = min(stages - 1, int(stages * done ** 0.5 * 1.1))
     return rate, min(settings.facts, least * 2 ** stage), done
+
+
+def compiled(f):
+    """f, compiled where it trains: the few batches of an evaluation don't pay for another minute of compiling."""
+    fast = torch.compile(f, dynamic=True)
+    return lambda *inputs: (fast if torch.is_grad_enabled() else f)(*inputs)
 
 
 def add_up(parameters):
@@ -298,8 +304,8 @@ def train(settings, memory_config=None, model=None, pools=None):
         save_checkpoint(folder, model, optimizer, progress)
     start, best, spent, broken, skipped, waited = (progress[name] for name in ("step", "best", "seconds", "broken", "skipped", "waited"))
     if settings.compile:
-        for layer in lesson.layers:
-            layer.compile(dynamic=True)
+        for stack in lesson.stacks:
+            stack.run_layers = compiled(stack.run_layers)
     ready = time.time()
     seen, last, lines, log = 0, {}, [], folder / "log.jsonl"
     if settings.resume and log.is_file():

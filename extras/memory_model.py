@@ -16,6 +16,7 @@ from safetensors.torch import load, save_file
 from torch import nn
 from tqdm import tqdm
 
+from extras.blocks import packed, unpacked
 from gemma import END_OF_TURN, EOS, PAD, Gemma, InputError, Tokenizer, find_model, read_json, replacing, write_json
 
 DONT_KNOW = "I don't know."
@@ -71,7 +72,7 @@ class MemoryModel(nn.Module):
     """
 
     variant, Config = "", Settings
-    saved_as = torch.float32             # dtype of matrices in files
+    eight_bits = False                   # whether files hold matrices in eight bits a number, or as float32
     told = True                          # facts are told, with add_to_memory; False: what it knows was trained into it
 
     def __init__(self, gemma, tokenizer, config=None, base_name=None):
@@ -239,8 +240,8 @@ class MemoryModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         new = folder / "memory.safetensors.new"
         with replacing(new) as temporary:
-            save_file({name: t.detach().to("cpu", t.dtype if not t.is_floating_point() else self.saved_as if t.ndim > 1 else torch.float32).contiguous()
-                       for name, t in self.to_save().items()}, temporary)
+            tensors = {name: t.detach().to("cpu", torch.float32 if t.is_floating_point() else t.dtype).contiguous() for name, t in self.to_save().items()}
+            save_file(packed(tensors) if self.eight_bits else tensors, temporary)
         write_json(folder / "memory.json", dict(
             variant=self.variant, memory=asdict(self.config), trained=self.trained, sha256=hashlib.sha256(new.read_bytes()).hexdigest(),
             base=dict(name=str(self.base_name), config=self.gemma.config.fingerprint(), tokenizer=self.tokenizer.hash,
@@ -297,7 +298,7 @@ class MemoryModel(nn.Module):
             if not blobs:
                 raise InputError(f"{file}: expected the weights that memory.json was saved with, but they are missing or damaged; "
                                  "restore both files as they were saved.")
-            tensors = load(blobs[0])
+            tensors = unpacked(load(blobs[0]))
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: expected a whole safetensors file ({str(error)[:100]}); restore the one that was saved.") from None
         mine = self.injection.state_dict()

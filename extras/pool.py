@@ -274,12 +274,9 @@ def wanted(batch, hop, hops, N):
 
     A question of two hops needs the first fact first and the second last; all others need all their facts at every hop.
     """
-    needed, two_hop = batch["known"].clone(), batch["kind"] == KINDS.index("two_hop")
-    needed[two_hop] &= torch.tensor([hop == 0 and hops > 1, hop == hops - 1], device=needed.device)
-    target = torch.zeros(len(needed), N + 1, dtype=torch.bool, device=needed.device)
-    for i in range(2):
-        rows = needed[:, i].nonzero()[:, 0]
-        target[rows, batch["support"][rows, i]] = True
+    two_hop, turn = batch["kind"] == KINDS.index("two_hop"), torch.tensor([hop == 0 and hops > 1, hop == hops - 1], device=batch["known"].device)
+    needed = batch["known"] & (turn | ~two_hop[:, None])                                       # (R, 2)
+    target = (F.one_hot(batch["support"], N + 1).bool() & needed[..., None]).any(1)
     target[:, -1] = ~needed.any(1)
     return target
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from extras import blocks
 from extras.memory_model import DONT_KNOW
 from gemma import BOS, PAD, Gemma, InputError, KVCache, Tokenizer
 from memory import HUSHED, LOOKBACK, NEAR, WINDOW, WORDS, GemmaWithMemory, MemoryConfig, MemoryView, Question, TokenStore
@@ -132,8 +133,8 @@ def test_nodes_and_token_keys_by_hand(full):
         torch.testing.assert_close(graph.nodes[i], torch.cat((states.mean(0), rows.mean(0))), rtol=1e-3, atol=1e-4)
         x = torch.cat((((states - layer.state_mean) / layer.state_std).clamp(-10, 10), rows / rows.pow(2).mean(-1, keepdim=True).sqrt()), -1)
         x = torch.cat((x, layer.sentence(x, torch.tensor([len(x)]))), -1)                          # this sentence's words alone
-        before = torch.cat((torch.zeros(1, x.shape[1]), x[:-1]))
-        read, match = layer.token_key_own(x) + layer.token_key_before(before), layer.match_key(x)
+        one, two = (torch.cat((torch.zeros(back, x.shape[1]), x))[:len(x)] for back in (1, 2))
+        read, match = layer.token_key_own(x) + layer.token_key_before[0](one) + layer.token_key_before[1](two), layer.match_key(x)
         torch.testing.assert_close(graph.tokens.keys[at, :width].float(), unit(read), rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(graph.tokens.keys[at, width:2 * width].float(), unit(match), rtol=1e-3, atol=1e-3)
         meaning = layer.meaning(x)
@@ -381,13 +382,14 @@ def test_reading_equals_the_slow_way(full):
     value = lambda token: table[token] / table[token].pow(2).mean().sqrt()
     clamped = lambda v, mean, std: ((v - mean) / std).clamp(-10, 10)
     pool, all_keys, nodes = x[asking].mean(0), keys(full), clamped(graph.nodes, gnn.mean, gnn.std)
-    tokens = []                                                            # of each episode: (id, features, features of the one before)
+    nothing = torch.zeros(layer.token_key_own.in_features)
+    tokens = []                                                            # of each episode: (id, features, features of the two before)
     for fact in graph.texts:
         _, *ids = full.token_ids(fact)
         (states,), M = full.states([[BOS, *ids]]), len(ids)
         features = [torch.cat((clamped(states[m], layer.state_mean, layer.state_std), value(ids[m]))) for m in range(M)]
         features = list(torch.cat((torch.stack(features), layer.sentence(torch.stack(features), torch.tensor([M]))), -1))
-        tokens.append(list(zip(ids, features, [torch.zeros_like(features[0]), *features[:-1]])))
+        tokens.append(list(zip(ids, features, zip([nothing, *features], [nothing, nothing, *features]))))
     sharp = [gnn.log_temperature[i].exp() * math.log(N + 2) / math.log(18) for i in range(H)]
     added, found = {p: torch.zeros(H, config.key_dim) for p in (last, after)}, None
     for hop in range(2):
@@ -455,7 +457,8 @@ def test_reading_equals_the_slow_way(full):
             for i in range(H):
                 asks = unit(head(layer.token_query_own, x[p], i) + head(layer.token_query_pool[hop], pool, i))
                 for c, n in enumerate(chosen):
-                    own = [unit(head(layer.token_key_own, f, i) + head(layer.token_key_before, b, i)) for _, f, b in tokens[n]]
+                    own = [unit(head(layer.token_key_own, f, i) + sum(head(key, b, i) for key, b in zip(layer.token_key_before, before)))
+                           for _, f, before in tokens[n]]
                     own = [unit(key + head(layer.understood_key, t, i)) for key, t in zip(own, told[n])]
                     inside = torch.stack([asks @ key for key in own])
                     around = [0.0] * NEAR + said[i, n] + [0.0] * NEAR
@@ -663,19 +666,19 @@ def test_every_option_runs_end_to_end(folder, tmp_path, options):
 # ------------------------------------------------------------------------------------------------------------- saving
 
 def test_saved_and_loaded_gives_the_same_answers(full, tmp_path):
-    """Catches a tensor or setting that isn't saved, rounding beyond bf16, and episodes written to disk."""
+    """Catches a tensor or setting that isn't saved, rounding beyond eight bits, and episodes written to disk."""
     full.trained = {"steps": 3}
     for p in full.trainable_parameters():
-        p.data += 0.01 * torch.rand_like(p)                                # nothing that bf16 holds exactly
+        p.data += 0.01 * torch.rand_like(p)                                # nothing that eight bits hold exactly
     full.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["memory.json", "memory.safetensors"]
     again = GemmaWithMemory.from_pretrained(tmp_path)
     assert again.config == full.config and again.trained == full.trained and len(again.memory_graph) == 0
     saved, mine, loaded = load_file(tmp_path / "memory.safetensors"), full.injection.state_dict(), again.injection.state_dict()
-    assert saved.keys() == mine.keys() == loaded.keys()
-    for name, tensor in mine.items():
-        rounded = tensor.bfloat16().float() if tensor.ndim > 1 else tensor
-        assert torch.equal(loaded[name], rounded) and torch.equal(saved[name].float(), rounded)
+    rounded = blocks.packed(mine)
+    assert saved.keys() == rounded.keys() and mine.keys() == loaded.keys()
+    for name, tensor in blocks.unpacked(rounded).items():
+        assert torch.equal(loaded[name], tensor) and torch.equal(saved[name], rounded[name])
     again.add_to_memory(FACTS)
     full.injection.load_state_dict(loaded)
     assert again.answer(QUESTIONS, max_new_tokens=12) == full.train().eval().answer(QUESTIONS, max_new_tokens=12)

@@ -1,0 +1,77 @@
+"""A trained memory with a larger reader, that answers as it did:  python -m extras.grow extras/gemma-3-270m out/grown --reading-dim 256
+
+What was learnt is put into the corner of larger matrices, and the new rest starts silent, as in Net2Net
+(https://arxiv.org/abs/1511.05641): new widths hold 0 until training writes into them, new layers add 0. Where the memory's design
+has got new parts since it was saved, they start as in a fresh memory. `train.py --init` goes on from there.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from gemma import InputError
+from memory import GemmaWithMemory
+
+HEADS = 4                            # of the reading attention
+# What becomes of a tensor of the reader: it is multiplied by this power of k (see `grow`), and the new rest is 0 or stays random.
+RULES = {"meaning.weight": (0, True), "understand.ask.weight": (1, True), "understand.found.weight": (1, True),         # these join
+         "down.weight": (1, True), "down.bias": (1, True), "up.weight": (-1, False), "up.bias": (0, False),
+         "understood_key.weight": (-1, False), "fits.weight": (-1, False), "outdated.says.weight": (-1, False)}         # these read
+
+
+def grow(old, fresh):
+    """old: tensors of a memory, by name; fresh: those of a new one, whose reader is as wide and deep or more, changed in place.
+
+    RMSNorm divides by the mean square of all widths. Where the new ones are 0 its result is larger by `k`, so what reads it is
+    made smaller by as much, and what joins it larger.
+    """
+    d, D = (tensors["understand.ask.weight"].shape[0] for tensors in (old, fresh))
+    k = (D / d) ** 0.5
+    for name, new in fresh.items():
+        layer, part = name.startswith("understand.layers."), name.split(".", 3)[-1]
+        if name not in old:                                                # a new layer: h + 0
+            new.mul_(part not in ("out.weight", "down.weight", "down.bias", "distance"))
+        elif layer and part == "qkv.weight":
+            wide, was = (t.view(3, HEADS, -1, t.shape[1]) for t in (new, old[name] / k))
+            wide[1, :, d // HEADS:] = 0                                    # new widths of q meet nothing in the keys yet
+            wide[:, :, :d // HEADS, :d] = was * torch.tensor([k, 1, 1])[:, None, None, None]      # scores are divided by the root of the width
+        elif layer and part == "out.weight":
+            new.zero_().view(D, HEADS, -1)[:d, :, :d // HEADS] = old[name].view(d, HEADS, -1) * k
+        else:
+            power, silent = RULES.get(part if layer else name, (0, False))
+            new.mul_(not silent)
+            new[tuple(map(slice, old[name].shape))] = old[name] * k ** power
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="A trained memory with a larger reader, that answers as it did.",
+                                     epilog="example: python -m extras.grow gemma-3-270m out/grown --reading-dim 256 --reading-layers 4")
+    parser.add_argument("memory", help="tiny, gemma-3-270m, or a folder that train.py wrote")
+    parser.add_argument("out", type=Path, help="folder for the larger one")
+    parser.add_argument("--reading-dim", type=int, help="width of the reading attention (default: as it is)")
+    parser.add_argument("--reading-layers", type=int, help="its layers (default: as they are)")
+    parser.add_argument("--seed", type=int, default=0, help="of what starts at random (default 0)")
+    args = parser.parse_args(arguments)
+    old = GemmaWithMemory.from_pretrained(args.memory)
+    config = replace(old.config, reading_dim=args.reading_dim or old.config.reading_dim, reading_layers=args.reading_layers or old.config.reading_layers)
+    config.check("--reading-dim, --reading-layers")
+    if not old.config.reading_layers or config.reading_dim < old.config.reading_dim or config.reading_layers < old.config.reading_layers:
+        raise InputError(f"expected a memory that has a reader, and at least its {old.config.reading_layers} layers of width {old.config.reading_dim}, "
+                         f"got {config.reading_layers} of {config.reading_dim}.")
+    torch.manual_seed(args.seed)
+    new = GemmaWithMemory(old.gemma, old.tokenizer, config, old.base_name)
+    grow(old.injection.state_dict(), new.injection.state_dict())
+    new.trained = dict(old.trained, grown_from=Path(args.memory).name)
+    new.save_pretrained(args.out)
+    print(f"saved {args.out}: {sum(p.numel() for p in new.trainable_parameters()):,} parameters, {sum(p.numel() for p in old.trainable_parameters()):,} before",
+          file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -1,0 +1,90 @@
+"""Files in eight bits a number, and memories with a larger reader that answer as before."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from extras import grow
+from extras.blocks import BLOCK, pack, packed, unpack, unpacked
+from gemma import InputError
+from memory import GemmaWithMemory
+from toy import FACTS, one_thread, toy_model  # noqa: F401 (one_thread is a fixture)
+
+QUESTIONS = ["Where does Maria live?", "What is Tom's locker code?", "Who?"]
+
+
+@given(st.integers(0, 10 ** 6), st.sampled_from([1e-7, 1e-3, 1.0, 1e3]), st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_eight_bits_are_within_half_a_step_and_packed_twice_the_same(seed, size, blocks):
+    """Catches a step for a whole row, numbers that are cut instead of rounded, and files that change each time they are saved."""
+    t = torch.randn(3, blocks * BLOCK, generator=torch.Generator().manual_seed(seed)) * size
+    t[0, 0] *= 50                                                          # an outlier coarsens its own block alone
+    whole, step = pack(t)
+    again = unpack(whole, step)
+    largest = t.view(3, blocks, BLOCK).abs().amax(-1, keepdim=True)
+    assert ((again - t).view(3, blocks, BLOCK).abs() <= (largest / 127 * 0.502).clamp(min=2 ** -15)).all()
+    assert all(torch.equal(a, b) for a, b in zip(pack(again), (whole, step)))
+
+
+def test_what_is_no_matrix_of_whole_blocks_is_kept_as_it_was():
+    """Catches vectors and odd widths that are packed all the same, a file without steps that is refused, and one whose steps
+    don't fit that is not left to the loader to refuse."""
+    tensors = dict(bias=torch.randn(64), odd=torch.randn(3, 20), wide=torch.randn(4, 64), count=torch.arange(3))
+    kept = packed(tensors)
+    assert set(kept) == {*tensors, "wide.scale"} and kept["wide"].dtype == torch.int8
+    opened = unpacked(kept)
+    assert set(opened) == set(tensors) and all(torch.equal(opened[name], tensors[name]) for name in ("bias", "odd", "count"))
+    assert all(torch.equal(a, b) for a, b in zip(unpacked(tensors).values(), tensors.values()))
+    for broken in (torch.zeros(4, 3).half(), torch.zeros(4, 2)):
+        assert "wide.scale" in unpacked({**kept, "wide.scale": broken})
+
+
+@pytest.mark.parametrize("change", ["step", "whole"])
+def test_damaged_eight_bits_are_refused(tmp_path, change):
+    """Catches a step of the wrong shape or an integer matrix without its step that is loaded as if it were the numbers."""
+    folder = toy_model(tmp_path)
+    tensors = load_file(folder / "memory.safetensors")
+    assert tensors["token_key_own.weight"].dtype == torch.int8
+    if change == "step":
+        tensors["token_key_own.weight.scale"] = tensors["token_key_own.weight.scale"][:, :-1].contiguous()
+    else:
+        del tensors["token_key_own.weight.scale"]
+    save_file(tensors, folder / "memory.safetensors")
+    saved = (folder / "memory.json").read_text()
+    (folder / "memory.json").write_text(saved.replace('"sha256"', '"was"'))
+    with pytest.raises(InputError, match="token_key_own.weight"):
+        GemmaWithMemory.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("options", [["--reading-dim", "32"], ["--reading-layers", "3"], ["--reading-dim", "64", "--reading-layers", "2"]], ids=" ".join)
+def test_a_grown_memory_answers_as_before_and_can_learn_more(tmp_path, options):
+    """Catches widths that are not made up for in RMSNorm or in the scale of the scores, heads that are mixed up, and new parts
+    that no gradient reaches."""
+    folder = toy_model(tmp_path / "toy", sentence_dim=32)
+    old = GemmaWithMemory.from_pretrained(folder)
+    grow.main([str(folder), str(tmp_path / "grown"), *options])
+    new = GemmaWithMemory.from_pretrained(tmp_path / "grown", dtype=torch.float32)
+    assert sum(p.numel() for p in new.trainable_parameters()) > sum(p.numel() for p in old.trainable_parameters())
+    for model in (old, new):
+        model.add_to_memory(FACTS)
+    for question in QUESTIONS:
+        (one, null), (other, null_too) = old.recall(question, top_k=8), new.recall(question, top_k=8)
+        assert dict((i, w) for i, w, _ in one) == pytest.approx(dict((i, w) for i, w, _ in other), abs=2e-2)
+        assert null == pytest.approx(null_too, abs=2e-2)
+    new.train()
+    ids = torch.tensor([new.prompt(QUESTIONS[0])])
+    new.forward(ids, None, torch.ones_like(ids)).float().pow(2).mean().backward()
+    asks = new.injection.understand.ask.weight.grad
+    assert asks is not None and (asks.abs().sum(1) > 0).all()              # every width, the new ones too
+
+
+def test_what_cannot_be_grown_is_refused(tmp_path):
+    """Catches a reader that is made smaller without a word, and a memory without one."""
+    folder = toy_model(tmp_path / "toy")
+    with pytest.raises(InputError, match="at least its 1 layers of width 16"):
+        grow.main([str(folder), str(tmp_path / "out"), "--reading-dim", "8"])
+    with pytest.raises(InputError, match="that has a reader"):
+        grow.main([str(toy_model(tmp_path / "without", reading_layers=0)), str(tmp_path / "out"), "--reading-dim", "32"])
+    assert not (tmp_path / "out").exists()
