@@ -55,7 +55,8 @@ def pool_for(model):
 
 def logits_of(model, text="Where does Maria live?"):
     with torch.no_grad():
-        return model(model.batch([text])[0])
+        ids, mask = model.batch([text])
+        return model(ids, mask, mask)
 
 
 # --------------------------------------------------------------------------------------------------------- all designs
@@ -271,6 +272,52 @@ def test_which_turns_are_read(base, turns, read):
     model._open()
     rows, there = choose()
     assert rows[there].tolist() == [0]
+
+
+def test_text_that_asks_nothing_is_left_alone(trained):
+    """Catches a memory that speaks into text in which nobody marked a question, though null is likely; and one that is deaf where it isn't."""
+    model = variants.load(trained["cross"][0])
+    model.add_to_memory(FACTS)
+    ids, mask = model.batch(["Where does Maria live?"])
+    injection = model.injection
+    with torch.no_grad():
+        alone = model.gemma(ids, mask)
+        injection.none.fill_(0.0)
+        assert not torch.equal(model(ids, mask, mask), alone)
+        null = model.weights()[0, -1]
+        injection.none.copy_((1 / null - 1).log())                         # now null weighs as much as all turns together
+        assert torch.equal(model(ids, mask), alone) and not torch.equal(model(ids, mask, mask), alone)
+        injection.none.fill_(-50.0)
+        assert not torch.equal(model(ids, mask), alone)
+
+
+def test_a_question_reads_its_turns_without_gaps(base):
+    """Catches a token that is put to another question, turn or place when those that are read are laid end to end."""
+    model = variants.find("cross").from_pretrained(base=base, config=CrossConfig(turns="top:2", package="near", heads=2, head_dim=8))
+    views = []
+    for facts in (FACTS[:4], FACTS[4:7]):
+        model.clear_memory()
+        model.add_to_memory(facts)
+        model._open()
+        views.append(model.view)
+    view, injection = model.view.side_by_side(views), model.injection
+    ids, mask = model.batch(["Who is Tom?", "Where does Maria live, then?", "What is Ana's code?", "Who?"])
+    with torch.no_grad():
+        memo = injection.open(view, ids, mask.bool())
+        rows, _ = injection.choose(view, memo["log_weights"][:, 0])
+        for r in range(4):
+            g, wanted = r // 2, [[], [], []]
+            for turn in rows[r].tolist():
+                of = [t for t, real in zip(view.ids[g, turn].tolist(), view.mask[g, turn].tolist()) if real]
+                wanted = [a + b for a, b in zip(wanted, ([turn] * len(of), of, [None, *of[:-1]]))]
+            L = len(wanted[0])
+            assert memo["turn"][r].tolist()[:L] == wanted[0] and memo["tokens"][r].tolist()[:L] == wanted[1]
+            assert memo["bias"][r, 0, :-1].isfinite().tolist() == [i < L for i in range(memo["bias"].shape[2] - 1)]
+            D = model.gemma.config.hidden_size
+            read = memo["packages"][memo["at"][r, :L]]
+            torch.testing.assert_close(read[:, D:2 * D], injection.embedded(torch.tensor(wanted[1])))
+            for vector, token in zip(read[:, 2 * D:], wanted[2]):
+                torch.testing.assert_close(vector, torch.zeros(D) if token is None else injection.embedded(torch.tensor(token)))
 
 
 def test_retrieval_loss_by_hand():
