@@ -101,6 +101,7 @@ def test_the_base_is_as_it_was(trained, base, name):
 def test_training_moves_all_that_trains(trained, base, name):
     """Catches a part that no gradient reaches. (o_proj starts at zero: behind it the first step moves nothing, the second does.)"""
     folder, model, _ = trained[name]
+    assert sorted(map(id, model.trainable_parameters())) == sorted(id(p) for part, _ in model.parameter_groups() for p in part)
     torch.manual_seed(0)
     start = type(model)(model.gemma, model.tokenizer, CONFIGS[name], str(base)).injection.state_dict()
     for n, p in model.injection.named_parameters():

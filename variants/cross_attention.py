@@ -26,7 +26,8 @@ Added to the plan that this design comes from:
   * The norm has an epsilon of 1: an ordinary one would blow the first tiny output of a zero-initialised projection up to full size.
   * --package near: beside its final state a token shows its embedding and that of the token before it, and heads start by looking
     for the place after (or at) what was just read. To say a name of three tokens, one has to know what comes after the second.
-  * Training says where the answer's words are, too (`copying`): through all layers of the base that is slow to be found out.
+  * Training says where the answer's words are, too (`copying`): through all layers of the base that is slow to be found out. What
+    looks learns faster than what says: as long as the wrong words are read, saying them loudly only disturbs.
 
 Letters: G memories of a batch · R questions, R / G to each · N turns · k of them are read · M tokens of a turn · L = k M · H heads ·
 C head width · D hidden size · F width of a token of a package: D, 2 D or 3 D.
@@ -271,6 +272,11 @@ class CrossAttentionMemory(Told):
         super().__init__(gemma, tokenizer, config, base_name)
         self.injection = CrossAttentionInjection(self.config, gemma).to(gemma.device)
         self.facts_layer = len(gemma.layers)
+
+    def parameter_groups(self):
+        """What looks for the words, and what says them."""
+        says = [p for name, p in self.injection.named_parameters() if "o_proj" in name or "post_memory_layernorm" in name]
+        return [([p for p in self.trainable_parameters() if all(p is not q for q in says)], 1.0), (says, 0.3)]
 
     @torch.no_grad()
     def keep(self, turns):
