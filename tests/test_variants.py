@@ -190,6 +190,26 @@ def test_training_sees_what_answers_see(trained, base, name):
     assert seen
 
 
+@pytest.mark.parametrize("name, config", [("prefix", CONFIGS["prefix"]), ("cross", CrossConfig(turns="top:2", package="near", heads=2, head_dim=8))])
+def test_long_and_short_questions_apart(base, monkeypatch, name, config):
+    """Catches rows that are put back in another order, or hear what another row found, when those of one length go together."""
+    torch.manual_seed(0)
+    model = variants.find(name).from_pretrained(base=base, config=config)
+    pool, losses, grads = pool_for(model.train()), [], []
+    lesson = type(model).Lesson(model, train.TrainConfig(**{**SETTINGS, "batch": 64}), (pool, pool))
+    for p in model.trainable_parameters():
+        p.data += 0.02 * torch.randn_like(p)                               # an output of zero would hide what was heard
+    for separable in (True, False):
+        monkeypatch.setattr(type(model.injection), "separable", separable)
+        model.zero_grad()
+        parts = lesson.loss(8, torch.Generator().manual_seed(1))
+        parts["loss"].backward()
+        losses.append({n: x.item() for n, x in parts.items()})
+        grads.append(torch.cat([p.grad.flatten() for p in model.trainable_parameters() if p.grad is not None]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4 * grads[1].abs().max().item())
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_generate_py_opens_each(trained, tmp_path, capsys, name):
     """Catches a design that the command line can't open, and a --memory that is ignored without a word."""

@@ -122,9 +122,9 @@ class MemoryCrossAttention(nn.Module):
     def split(self, x):
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(-3, -2)              # (..., T, H * C) -> (..., H, T, C)
 
-    def remember(self, packages, at):
-        """Keys and values of the tokens `at` (R', L), places in the packages (n, F); null last: (R', H, L + 1, C) each."""
-        k, v = (self.split(proj(packages).index_select(0, at.flatten()).unflatten(0, at.shape)) for proj in (self.k_proj, self.v_proj))
+    def remember(self, keys, values, at):
+        """Keys and values of the tokens `at` (R', L), rows of those of all packages (n, H * C); null last: (R', H, L + 1, C) each."""
+        k, v = (self.split(each.index_select(0, at.flatten()).unflatten(0, at.shape)) for each in (keys, values))
         return torch.cat((k, self.null_key.to(k.dtype).expand(len(k), -1, -1, -1)), 2), F.pad(v, (0, 0, 0, 1))
 
     def forward(self, x, k, v, bias):
@@ -158,7 +158,7 @@ class CrossAttentionInjection(nn.Module, Injection):
             self.seek.weight.normal_(std=D ** -0.5)
             self.context.weight.zero_(), self.matters.weight.zero_()
         self.view, self.log_weights = None, None
-        self.speaking, self.heard = None, []                               # training: positions (R, A) of answers' tokens, and where each layer looks there
+        self.speaking, self.heard = None, []                               # training: positions (R, A) of answers' tokens, and where layers look there
 
     def embedded(self, ids):
         h = self.embed[0](ids).float()
@@ -184,6 +184,11 @@ class CrossAttentionInjection(nn.Module, Injection):
         scores = scores.masked_fill(~valid.repeat_interleave(each, 0), -torch.inf)
         none = self.none + valid.sum(1, keepdim=True).clamp(min=1).log()   # the best of many is like anything a little
         return torch.cat((scores, none.repeat_interleave(each, 0)), 1).log_softmax(1)
+
+    @property
+    def separable(self):
+        """Whether rows may go through the layers apart from those that ask the same memory: `part` says which do, and how wide."""
+        return self.config.turns.startswith("top")
 
     @property
     def by_question(self):
@@ -241,7 +246,7 @@ class CrossAttentionInjection(nn.Module, Injection):
     # -- the socket
 
     def begin(self, input_ids, attention_mask, question_mask, cache):
-        self.memo = None
+        self.memo, self.part = None, (slice(None), None)                   # all rows, of full width
         if self.view is None:
             return
         real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
@@ -256,13 +261,14 @@ class CrossAttentionInjection(nn.Module, Injection):
     def before_attention(self, layer, x):
         if self.memo is None:
             return x
-        memo, block = self.memo, self.layers[layer - 1]
+        memo, block, (rows, width) = self.memo, self.layers[layer - 1], self.part
         if layer not in memo:
-            memo[layer] = block.remember(memo["packages"], memo["at"])
+            memo[layer] = block.k_proj(memo["packages"]), block.v_proj(memo["packages"])
+        (k, v), bias = block.remember(*memo[layer], memo["at"][rows]), memo["bias"][rows]
         if self.speaking is not None:
-            spoken = x.gather(1, self.speaking[..., None].expand(-1, -1, x.shape[2]))
-            self.heard.append(block.attention(spoken, memo[layer][0], memo["bias"]))
-        return x + block(x, *memo[layer], memo["bias"]).masked_fill(self.silent[..., None], 0.0)
+            spoken = x.gather(1, self.speaking[rows].clamp(max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[2]))
+            self.heard.append((rows, block.attention(spoken, k, bias)))
+        return x + block(x, k, v, bias).masked_fill(self.silent[rows, :width, None], 0.0)
 
 
 class CrossAttentionMemory(Told):
@@ -312,7 +318,10 @@ class CrossAttentionMemory(Told):
         """- log of the attention, mean over heads and layers, on those tokens of the right turns that the answer goes on with."""
         injection, row = self.injection, out["row"]
         nth = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)         # which of its row's answer tokens
-        mass, injection.speaking = (sum(injection.heard) / len(injection.heard))[row, nth], None       # (n, L)
+        mass, injection.speaking = torch.zeros(*injection.speaking.shape, injection.memo["at"].shape[1], device=row.device), None
+        for rows, heard in injection.heard:
+            mass[rows] += heard / len(injection.layers)
+        mass, injection.heard = mass[row, nth], []                                             # (n, L)
         of = row // (len(batch["known"]) // len(injection.memo["at"]))                         # which packages it reads
         right = (injection.memo["turn"][of][:, None] == batch["support"][row][..., None]) & batch["known"][row][..., None]     # (n, 2, L)
         hit = right.any(1) & (injection.memo["tokens"][of] == out["targets"][:, None])
