@@ -158,6 +158,7 @@ class PoolLesson:
 
     The design says in `facts_layer` up to which layer the pool runs its facts, and in `view_of(pool, batch)` what its
     injection sees of the memories of a batch; there `log_weights` (R, ..., N + 1), if it has such, are held to the right turn.
+    The injection says in `separable` whether rows may go through the layers a few at a time; its `part` is then set to them.
     """
 
     def __init__(self, model, settings, pools=None, progress=True):
