@@ -183,10 +183,9 @@ def settings_of(name, args, folder, **changes):
     return pick(train.TrainConfig), config
 
 
-def trained(name, args, N=None):
-    """Train a design and save it in --out; N: facts that are taught to it. Returns what that took."""
-    folder = args.out / (name if N is None else f"{name}-{N}")
-    settings, config = settings_of(name, args, folder, **({} if N is None else dict(known=N, seed=args.seed * 1000)))
+def trained(name, args, folder, **changes):
+    """Train a design, with `changes` of its settings, and save it in a folder. Returns what that took."""
+    settings, config = settings_of(name, args, folder, **changes)
     if (folder / "checkpoint.safetensors").is_file():                      # a call that was cut off has left it
         settings = replace(settings, resume=True)
     started = time.time()
@@ -245,7 +244,9 @@ class Compare:
         N = int(number) if number else None
         if what == "train":
             self.opened = None, None
-            return shipped(args) if name == "graph" and args.shipped else trained(name, args, N)
+            if name == "graph" and args.shipped:
+                return shipped(args)
+            return trained(name, args, args.out / name) if N is None else trained(name, args, args.out / f"{name}-{N}", known=N, seed=args.seed * 1000)
         model = self.model(name, (N or taught_sizes(vars(args))[-1]) if name in TAUGHT else None)
         if what == "recall":
             cell = told_and_asked(args, model.tokenizer, N)
@@ -359,6 +360,22 @@ SIZES = dict(examples=(64, 500_000, 20_000, "that each design that is told facts
              questions=(8, 256, 64, "of each measurement"), batch=(8, 256, 64, "questions asked at once"))
 
 
+def add_sizes(parser, sizes):
+    for name, (quick, gpu, otherwise, text) in sizes.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{text} (default {gpu:,} on a GPU, {otherwise:,} otherwise; with --quick {quick:,})")
+
+
+def sized(args, sizes):
+    """The arguments with the default of each size that was not given. Raises InputError for one that is too small."""
+    gpu = str(args.device).startswith("cuda")
+    for name, (quick, on_gpu, otherwise, _) in sizes.items():
+        if getattr(args, name) is None:
+            setattr(args, name, quick if args.quick else on_gpu if gpu else otherwise)
+        if getattr(args, name) < (name != "taught"):
+            raise InputError(f"expected --{name.replace('_', '-')} of at least {int(name != 'taught')}, got {getattr(args, name)}.")
+    return args
+
+
 def parse_arguments(arguments):
     parser = Parser(prog="python -m bench.compare", description="Measure all designs of a memory on the same base, facts and questions.",
                     epilog="example: python -m bench.compare --model gemma-3-270m --device cuda --workers 14 --out out/compare-270m\n"
@@ -369,21 +386,14 @@ def parse_arguments(arguments):
     parser.add_argument("--designs", type=names, default=list(DESIGNS), metavar="NAME,…", help=f"of {','.join(DESIGNS)} (default all)")
     parser.add_argument("--sizes", type=numbers, metavar="N,…", help="numbers of facts (default 4,16,64,256; with --quick 4)")
     parser.add_argument("--turns", type=numbers, metavar="T,…", help="other turns before the question (default 1,5,20,50,120; with --quick 1,5)")
-    for name, (quick, gpu, otherwise, text) in SIZES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{text} (default {gpu:,} on a GPU, {otherwise:,} otherwise; with --quick {quick:,})")
+    add_sizes(parser, SIZES)
     parser.add_argument("--minutes", type=float, default=0.0, help="end each training after so many, examples or not; 0: never (default 0)")
     parser.add_argument("--limit", type=float, default=8.5, help="minutes of a call: no job begins that might not end within; 0: no limit (default 8.5)")
     parser.add_argument("--shipped", action="store_true", help="measure the graph memory that ships with the base instead of training one")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw sentences (default 0: this one)")
     parser.add_argument("--seed", type=int, default=0, help="of every draw (default 0)")
     parser.add_argument("--quick", action="store_true", help="next to no training and few questions: does it run?")
-    args = parser.parse_args(arguments)
-    gpu = str(args.device).startswith("cuda")
-    for name, (quick, on_gpu, otherwise, _) in SIZES.items():
-        if getattr(args, name) is None:
-            setattr(args, name, quick if args.quick else on_gpu if gpu else otherwise)
-        if getattr(args, name) < (name != "taught"):
-            raise InputError(f"expected --{name.replace('_', '-')} of at least {int(name != 'taught')}, got {getattr(args, name)}.")
+    args = sized(parser.parse_args(arguments), SIZES)
     args.sizes = args.sizes or ([4] if args.quick else [4, 16, 64, 256])
     args.turns = args.turns or ([1, 5] if args.quick else [1, 5, 20, 50, 120])
     if args.shipped and args.model not in SHIPPED:

@@ -14,7 +14,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from bench import compare, decode, gat, memory_scale, train_step
+from bench import compare, decode, gat, memory_scale, prefix, train_step
 from bench.common import percent, table
 from bench.ladder import LADDER, designs
 from bench.recall import ANSWERABLE, report
@@ -79,6 +79,15 @@ def compared(name):
     return (f"{'; '.join(f'`{command}`' for command in commands)}; {'; '.join(dict.fromkeys(row['hardware'] for row in jobs))}, "
             f"{sum(row['job_seconds'] for row in jobs) / 60:.0f} minutes. Shares in %, with 95% intervals:\n\n{compare.report(result)}\n\n"
             f"![Recall of each design by facts in memory, and by turns since the fact was told](../bench/results/compare-{name}.png)")
+
+
+def ablated(name):
+    """The table of bench.prefix; as long as nothing was measured, a sentence that says so."""
+    if not (HERE / "results" / f"prefix-{name}.json").is_file():
+        return f"Not measured on {name} yet: `python -m bench.prefix --model {name}` does."
+    result = saved(f"prefix-{name}")
+    command = re.sub(r" --(out|workers|slots) \S+", "", result["command"])
+    return f"`{command}`; {'; '.join(dict.fromkeys(row['hardware'] for row in result['rows'].values()))}, with 95% intervals:\n\n{prefix.report(result)}"
 
 
 def logged(path):
@@ -303,7 +312,7 @@ def code(file, name):
 
 # --------------------------------------------------------------------------------------------------------- filling pages
 
-FIGURES = {"in-short": in_short, "recall": recall, "refusal": refusal, "edits": edits, "controls": edits, "natural": natural, "compared": compared,
+FIGURES = {"in-short": in_short, "recall": recall, "refusal": refusal, "edits": edits, "controls": edits, "natural": natural, "compared": compared, "ablated": ablated,
            "training": training, "default": default, "ladder": ladder, "speed": speed, "survival": survival}
 
 

@@ -99,6 +99,7 @@ MEASURED = {
     **{start: (lambda printed: "tests/test_speed.py::test_quick_benches", "bench.main([\"--quick\"") for start in (
         "python -m bench.decode", "python -m bench.memory_scale", "python -m bench.train_step", "python -m bench.gat", "torchrun --nproc_per_node=2 -m bench.train_step")},
     "python -m bench.compare --model": (lambda printed: "tests/test_compare.py::measured", "compare.main("),
+    "python -m bench.prefix": (lambda printed: "tests/test_compare.py::test_what_keeps_the_prefix_from_answering", "prefix.main("),
     "python -m bench.natural": (lambda printed: "tests/test_natural.py::test_whole_command", "natural.main(["),
     "python -m bench.sessions kills": (lambda printed: "python -m bench.sessions kills --model {toy} --times 1", "acknowledged"),
     "python -m bench.sessions flips": (lambda printed: "python -m bench.sessions flips --model {toy}", "cache_refused"),

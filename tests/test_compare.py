@@ -5,7 +5,7 @@ import json
 import pytest
 
 import train
-from bench import compare, readme
+from bench import compare, prefix, readme
 from gemma import InputError
 from toy import one_thread, toy_base  # noqa: F401 (one_thread is a fixture)
 from variants.facts import TaughtLesson
@@ -80,6 +80,28 @@ def test_other_settings_are_not_mixed_in(measured):
     arguments, _, _ = measured
     with pytest.raises(InputError, match="examples = 8, got 16"):
         compare.main([*arguments[:-6], "--examples", "16", "--batch-size", "8"])
+
+
+def test_what_keeps_the_prefix_from_answering(measured, tmp_path, monkeypatch):
+    """Catches a row of the ablation that is lost, done twice or mixed with one of other settings, questions that are asked without
+    their fact, and a page that doesn't show the table."""
+    monkeypatch.setattr(PoolLesson, "evaluate", lambda *self, silent=False, **options: {4: dict(recall=0.0)})
+    monkeypatch.setattr(readme, "HERE", tmp_path)
+    (tmp_path / "results").mkdir()
+    assert "not measured" in readme.ablated("toy").lower()
+    arguments = ["--model", measured[0][1], "--device", "cpu", "--quick", "--out", str(tmp_path / "out"), "--questions", "4", "--examples", "8", "--batch-size", "8"]
+    first = prefix.main([*arguments, "--slots", "2"])
+    both = prefix.main([*arguments, "--slots", "1,2"])
+    assert list(both["rows"]) == ["oracle", "examples", "2", "1"] and all(both["rows"][name] == row for name, row in first["rows"].items())
+    assert both["rows"]["2"]["told"]["n"] == both["rows"]["2"]["alone"]["n"] == both["rows"]["oracle"]["untrained"]["n"] >= 4
+    assert both["rows"]["2"]["parameters"] > both["rows"]["1"]["parameters"]
+    (tmp_path / "results" / "prefix-toy.json").write_text(json.dumps(both))
+    lines = [line for line in readme.ablated("toy").splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["1 slot", "2 slots"] and len(lines) == 6
+    with pytest.raises(InputError, match="other settings"):
+        prefix.main([*arguments[:-4], "--examples", "16"])
+    cell = [(["Ana works in Oslo.", "Tom is 40."], [dict(question="How old is Tom?", answer="40", support=[1], kind="lookup")])]
+    assert prefix.by_itself(cell) == [(["Tom is 40."], [dict(question="How old is Tom?", answer="40", support=[0], kind="lookup")])]
 
 
 def test_a_conversation_begins_with_the_fact(measured):

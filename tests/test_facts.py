@@ -1,6 +1,7 @@
 """Facts that are trained in: what is taught, which tokens are learned, and both designs from train.py to generate.py."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.toy import CONFIG, one_thread, toy_base, toy_tokenizer          # noq
 from tiny.pretrain import chapters_config, pretrain
 from train import TrainConfig, main, train
 from variants.chapters import ChapterMemory, ChaptersConfig
-from variants.facts import TaughtLesson, read_facts, taught
+from variants.facts import GAPS, TaughtLesson, read_facts, taught
 from variants.lora import LoraConfig, LoraMemory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,12 +56,25 @@ def test_taught_is_reproducible_and_asks_in_other_words():
     a, again, other = taught(tokenizer, 60, 1), taught(tokenizer, 60, 1), taught(tokenizer, 60, 2)
     assert a == again and a["facts"] != other["facts"] and len(a["facts"]) == len(a["wordings"]) == 60
     assert {q["support"][0] for q in a["train"]} == {q["support"][0] for q in a["held_out"]} == set(range(60))
-    assert not {q["question"] for q in a["train"]} & {q["question"] for q in a["held_out"]}
+    plain = lambda part: {re.sub(r"\W", "", q["question"].lower()) for q in a[part]}
+    assert not any(seen in asked or asked in seen for asked in plain("held_out") for seen in plain("train"))
     answers = {}
     for q in a["train"] + a["held_out"]:
         assert answers.setdefault(q["support"][0], q["answer"]) == q["answer"]
         assert all(q["answer"] in wording for wording in a["wordings"][q["support"][0]])
     assert all(fact == wordings[0] for fact, wordings in zip(a["facts"], a["wordings"]))
+
+
+def test_taught_in_every_way():
+    """Catches a way to ask that is left out, a hole that nothing fills, and a sentence with its answer where the gap should be."""
+    lesson = taught(Tokenizer(ROOT / "tiny"), 60, 1)
+    for fact in range(60):
+        asked, answer = zip(*((q["question"], q["answer"]) for q in lesson["train"] if q["support"] == [fact]))
+        gaps = [q for q in asked if any(gap in q for gap in GAPS)]
+        assert len(gaps) > 15 and len(asked) > 60 and len(lesson["wordings"][fact]) > 12
+        assert sum(q.startswith(("Tell me: ", "Hello! ", "hm, ", "One thing, ")) for q in asked) > 1
+        assert not any("{" in text for text in (*asked, *lesson["wordings"][fact]))
+        assert not any(answer[0] in q for q in gaps)
 
 
 def test_reads_a_facts_file(facts_file):

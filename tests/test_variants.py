@@ -55,7 +55,8 @@ def pool_for(model):
 
 def logits_of(model, text="Where does Maria live?"):
     with torch.no_grad():
-        return model(model.batch([text])[0])
+        ids, mask = model.batch([text])
+        return model(ids, mask, mask)
 
 
 # --------------------------------------------------------------------------------------------------------- all designs
@@ -100,6 +101,7 @@ def test_the_base_is_as_it_was(trained, base, name):
 def test_training_moves_all_that_trains(trained, base, name):
     """Catches a part that no gradient reaches. (o_proj starts at zero: behind it the first step moves nothing, the second does.)"""
     folder, model, _ = trained[name]
+    assert sorted(map(id, model.trainable_parameters())) == sorted(id(p) for part, _ in model.parameter_groups() for p in part)
     torch.manual_seed(0)
     start = type(model)(model.gemma, model.tokenizer, CONFIGS[name], str(base)).injection.state_dict()
     for n, p in model.injection.named_parameters():
@@ -188,6 +190,26 @@ def test_training_sees_what_answers_see(trained, base, name):
     assert seen
 
 
+@pytest.mark.parametrize("name, config", [("prefix", CONFIGS["prefix"]), ("cross", CrossConfig(turns="top:2", package="near", heads=2, head_dim=8))])
+def test_long_and_short_questions_apart(base, monkeypatch, name, config):
+    """Catches rows that are put back in another order, or hear what another row found, when those of one length go together."""
+    torch.manual_seed(0)
+    model = variants.find(name).from_pretrained(base=base, config=config)
+    pool, losses, grads = pool_for(model.train()), [], []
+    lesson = type(model).Lesson(model, train.TrainConfig(**{**SETTINGS, "batch": 64}), (pool, pool))
+    for p in model.trainable_parameters():
+        p.data += 0.02 * torch.randn_like(p)                               # an output of zero would hide what was heard
+    for separable in (True, False):
+        monkeypatch.setattr(type(model.injection), "separable", separable)
+        model.zero_grad()
+        parts = lesson.loss(8, torch.Generator().manual_seed(1))
+        parts["loss"].backward()
+        losses.append({n: x.item() for n, x in parts.items()})
+        grads.append(torch.cat([p.grad.flatten() for p in model.trainable_parameters() if p.grad is not None]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4 * grads[1].abs().max().item())
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_generate_py_opens_each(trained, tmp_path, capsys, name):
     """Catches a design that the command line can't open, and a --memory that is ignored without a word."""
@@ -271,6 +293,52 @@ def test_which_turns_are_read(base, turns, read):
     model._open()
     rows, there = choose()
     assert rows[there].tolist() == [0]
+
+
+def test_text_that_asks_nothing_is_left_alone(trained):
+    """Catches a memory that speaks into text in which nobody marked a question, though null is likely; and one that is deaf where it isn't."""
+    model = variants.load(trained["cross"][0])
+    model.add_to_memory(FACTS)
+    ids, mask = model.batch(["Where does Maria live?"])
+    injection = model.injection
+    with torch.no_grad():
+        alone = model.gemma(ids, mask)
+        injection.none.fill_(0.0)
+        assert not torch.equal(model(ids, mask, mask), alone)
+        null = model.weights()[0, -1]
+        injection.none.copy_((1 / null - 1).log())                         # now null weighs as much as all turns together
+        assert torch.equal(model(ids, mask), alone) and not torch.equal(model(ids, mask, mask), alone)
+        injection.none.fill_(-50.0)
+        assert not torch.equal(model(ids, mask), alone)
+
+
+def test_a_question_reads_its_turns_without_gaps(base):
+    """Catches a token that is put to another question, turn or place when those that are read are laid end to end."""
+    model = variants.find("cross").from_pretrained(base=base, config=CrossConfig(turns="top:2", package="near", heads=2, head_dim=8))
+    views = []
+    for facts in (FACTS[:4], FACTS[4:7]):
+        model.clear_memory()
+        model.add_to_memory(facts)
+        model._open()
+        views.append(model.view)
+    view, injection = model.view.side_by_side(views), model.injection
+    ids, mask = model.batch(["Who is Tom?", "Where does Maria live, then?", "What is Ana's code?", "Who?"])
+    with torch.no_grad():
+        memo = injection.open(view, ids, mask.bool())
+        rows, _ = injection.choose(view, memo["log_weights"][:, 0])
+        for r in range(4):
+            g, wanted = r // 2, [[], [], []]
+            for turn in rows[r].tolist():
+                of = [t for t, real in zip(view.ids[g, turn].tolist(), view.mask[g, turn].tolist()) if real]
+                wanted = [a + b for a, b in zip(wanted, ([turn] * len(of), of, [None, *of[:-1]]))]
+            L = len(wanted[0])
+            assert memo["turn"][r].tolist()[:L] == wanted[0] and memo["tokens"][r].tolist()[:L] == wanted[1]
+            assert memo["bias"][r, 0, :-1].isfinite().tolist() == [i < L for i in range(memo["bias"].shape[2] - 1)]
+            D = model.gemma.config.hidden_size
+            read = memo["packages"][memo["at"][r, :L]]
+            torch.testing.assert_close(read[:, D:2 * D], injection.embedded(torch.tensor(wanted[1])))
+            for vector, token in zip(read[:, 2 * D:], wanted[2]):
+                torch.testing.assert_close(vector, torch.zeros(D) if token is None else injection.embedded(torch.tensor(token)))
 
 
 def test_retrieval_loss_by_hand():

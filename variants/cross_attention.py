@@ -21,11 +21,13 @@ Added to the plan that this design comes from:
   * Turns are weighed before they are read: each token of the question looks for the token of a turn that is most like it (late
     interaction, https://arxiv.org/abs/2004.12832). The log of a turn's weight is added to the scores of its tokens in all layers,
     and held to the right turn in training. "None of them" is weighed too: the model can tell that it wasn't told (`null_threshold`).
-  * Each head has a *null* key whose value is nothing, so that it need not listen.
+  * Each head has a *null* key whose value is nothing, so that it need not listen. Text in which no prompt is marked is left alone
+    altogether, unless "none of them" weighs next to nothing: it may be no question, and some heads always hear something.
   * The norm has an epsilon of 1: an ordinary one would blow the first tiny output of a zero-initialised projection up to full size.
   * --package near: beside its final state a token shows its embedding and that of the token before it, and heads start by looking
     for the place after (or at) what was just read. To say a name of three tokens, one has to know what comes after the second.
-  * Training says where the answer's words are, too (`copying`): through all layers of the base that is slow to be found out.
+  * Training says where the answer's words are, too (`copying`): through all layers of the base that is slow to be found out. What
+    looks learns faster than what says: as long as the wrong words are read, saying them loudly only disturbs.
 
 Letters: G memories of a batch · R questions, R / G to each · N turns · k of them are read · M tokens of a turn · L = k M · H heads ·
 C head width · D hidden size · F width of a token of a package: D, 2 D or 3 D.
@@ -40,6 +42,7 @@ from torch import nn
 
 from extras.memory_model import Settings
 from gemma import BOS, PAD, Injection, InputError, Places, RMSNorm
+from memory import HUSHED
 from variants.shared import PoolLesson, Told
 
 PARTS = dict(final=1, both=2, near=3)      # F / D
@@ -119,9 +122,9 @@ class MemoryCrossAttention(nn.Module):
     def split(self, x):
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(-3, -2)              # (..., T, H * C) -> (..., H, T, C)
 
-    def remember(self, packages):
-        """Keys and values of packages (R', L, F), null last: (R', H, L + 1, C) each."""
-        k, v = self.split(self.k_proj(packages)), self.split(self.v_proj(packages))
+    def remember(self, keys, values, at):
+        """Keys and values of the tokens `at` (R', L), rows of those of all packages (n, H * C); null last: (R', H, L + 1, C) each."""
+        k, v = (self.split(each.index_select(0, at.flatten()).unflatten(0, at.shape)) for each in (keys, values))
         return torch.cat((k, self.null_key.to(k.dtype).expand(len(k), -1, -1, -1)), 2), F.pad(v, (0, 0, 0, 1))
 
     def forward(self, x, k, v, bias):
@@ -133,10 +136,11 @@ class MemoryCrossAttention(nn.Module):
         return self.post_memory_layernorm(self.o_proj(out.transpose(1, 2).reshape(B, T, -1))).to(x.dtype)
 
     def attention(self, x, k, bias):
-        """Where a few positions look: x (n, D), k (n, H, L + 1, C), bias (n, L + 1) -> (n, L), mean over heads."""
-        q = self.q_proj(x.to(self.q_proj.weight.dtype)).unflatten(-1, (self.heads, -1))        # (n, H, C)
-        scores = (k @ q.to(k.dtype)[..., None])[..., 0].float() * self.head_dim ** -0.5
-        return (scores + bias[:, None]).softmax(-1)[..., :-1].mean(1)
+        """Where a few positions look: x (B, A, D), k (R', H, L + 1, C), bias (R', S, L + 1) -> (B, A, L), mean over heads."""
+        A, bias = x.shape[1], bias if bias.shape[1] == 1 else bias.repeat_interleave(x.shape[1], 1)
+        q = self.split(self.q_proj(x.to(self.q_proj.weight.dtype)).view(len(k), -1, self.heads * self.head_dim))       # (R', H, S * A, C)
+        scores = (q.to(k.dtype) @ k.mT).float() * self.head_dim ** -0.5
+        return (scores + bias[:, None]).softmax(-1)[..., :-1].mean(1).unflatten(1, (-1, A)).flatten(0, 1)
 
 
 class CrossAttentionInjection(nn.Module, Injection):
@@ -154,7 +158,7 @@ class CrossAttentionInjection(nn.Module, Injection):
             self.seek.weight.normal_(std=D ** -0.5)
             self.context.weight.zero_(), self.matters.weight.zero_()
         self.view, self.log_weights = None, None
-        self.speaking, self.heard = None, []                               # training: (row, position) of answers' tokens, and where each layer looks there
+        self.speaking, self.heard = None, []                               # training: positions (R, A) of answers' tokens, and where layers look there
 
     def embedded(self, ids):
         h = self.embed[0](ids).float()
@@ -164,8 +168,9 @@ class CrossAttentionInjection(nn.Module, Injection):
         """How much each turn has to do with each question, as log-probabilities (R, N + 1), null last: ids (R, T), marked by
         `question` (R, T)."""
         G, N, M = view.mask.shape
-        states = view.states.float()
-        there = F.normalize(self.seek(self.embedded(view.ids)) + self.context(F.rms_norm(states, states.shape[-1:])), dim=-1).flatten(1, 2)
+        states = F.rms_norm(view.states[view.mask].float(), view.states.shape[-1:])
+        found = F.normalize(self.seek(self.embedded(view.ids[view.mask])) + self.context(states), dim=-1)
+        there = found.new_zeros(G, N * M, SEEK).masked_scatter(view.mask.view(G, -1, 1), found)
         asking, care = self.embedded(ids), question & (ids != BOS)
         looking = F.normalize(self.seek(asking), dim=-1).view(G, -1, SEEK)                                              # (G, S * T, C)
         like = (looking @ there.mT).float().unflatten(2, (N, M)).masked_fill(~view.mask[:, None], -1.0).amax(-1)          # (G, S * T, N)
@@ -177,7 +182,13 @@ class CrossAttentionInjection(nn.Module, Injection):
         if not self.by_question:                                           # the others are out of reach
             valid = self.within_reach(view)
         scores = scores.masked_fill(~valid.repeat_interleave(each, 0), -torch.inf)
-        return torch.cat((scores, self.none.expand(len(ids), 1)), 1).log_softmax(1)
+        none = self.none + valid.sum(1, keepdim=True).clamp(min=1).log()   # the best of many is like anything a little
+        return torch.cat((scores, none.repeat_interleave(each, 0)), 1).log_softmax(1)
+
+    @property
+    def separable(self):
+        """Whether rows may go through the layers apart from those that ask the same memory: `part` says which do, and how wide."""
+        return self.config.turns.startswith("top")
 
     @property
     def by_question(self):
@@ -211,45 +222,53 @@ class CrossAttentionInjection(nn.Module, Injection):
         log_weights = self.weigh(view, ids, question)
         rows, there = self.choose(view, log_weights.detach())              # (R', k)
         memory = torch.arange(len(rows), device=ids.device)[:, None] // (len(rows) // len(view.mask))
-        states, tokens = view.states[memory, rows].float(), view.ids[memory, rows]                                      # (R', k, M, …)
-        parts = [F.rms_norm(states, states.shape[-1:])]
+        # Tokens of turns that anybody reads: each gets its key and value once in a layer, however many questions read it.
+        read = torch.zeros(view.valid.shape, device=ids.device).index_put((memory, rows), there.float(), accumulate=True) > 0
+        packed = view.mask & read[..., None]
+        before = F.pad(view.ids[..., :-1], (1, 0), value=-1)[packed]
+        parts = [F.rms_norm(view.states[packed].float(), view.states.shape[-1:])]
         if self.config.package != "final":
-            embedded = self.embedded(tokens)
-            parts += [embedded, F.pad(embedded[..., :-1, :], (0, 0, 1, 0))][:PARTS[self.config.package] - 1]
-        packages = torch.cat(parts, -1).flatten(1, 2)
+            parts += [self.embedded(view.ids[packed]), self.embedded(before.clamp(min=0)) * (before >= 0)[:, None]][:PARTS[self.config.package] - 1]
+        packages = F.pad(torch.cat(parts, -1), (0, 0, 0, 1))               # the last one stands where there is nothing
         if torch.is_autocast_enabled(ids.device.type):                     # once, instead of in every layer
             packages = packages.to(torch.get_autocast_dtype(ids.device.type))
+        # Those of each question end to end, without gaps: (R', L).
+        mask = (view.mask[memory, rows] & there[..., None]).flatten(1)
+        order = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :max(1, int(mask.sum(1).max()))]
+        mask, M = mask.gather(1, order), view.mask.shape[2]
+        of = lambda x: x[memory, rows].flatten(1).gather(1, order)
+        at = of((packed.flatten().cumsum(0) - 1).view_as(packed)).masked_fill(~mask, len(packages) - 1)
+        turn = rows.repeat_interleave(M, 1).gather(1, order).masked_fill(~mask, -1)
         each = log_weights.detach().view(len(rows), -1, log_weights.shape[1])                                           # (R', S, N + 1)
-        bias = each.gather(2, rows[:, None].expand(-1, each.shape[1], -1)).clamp(min=-30)
-        mask = view.mask[memory, rows] & there[..., None]                                                               # (R', k, M)
-        bias = (bias[..., None].expand(-1, -1, -1, mask.shape[2])).masked_fill(~mask[:, None], -torch.inf).flatten(2)
-        return dict(packages=packages, rows=rows, tokens=tokens, bias=F.pad(bias, (0, 1)), log_weights=log_weights[:, None])
+        bias = each.gather(2, turn.clamp(min=0)[:, None].expand(-1, each.shape[1], -1)).clamp(min=-30).masked_fill(~mask[:, None], -torch.inf)
+        return dict(packages=packages, at=at, turn=turn, tokens=of(view.ids), bias=F.pad(bias, (0, 1)), log_weights=log_weights[:, None])
 
     # -- the socket
 
     def begin(self, input_ids, attention_mask, question_mask, cache):
-        self.memo = None
+        self.memo, self.part = None, (slice(None), None)                   # all rows, of full width
         if self.view is None:
             return
         real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
-        self.silent = ~real | (input_ids == BOS)                           # <bos>, an outlier, hears nothing
         memo = {} if cache is None else cache.memory
         if not memo:                                                       # not while decoding: then the memo knows what was chosen
             memo.update(self.open(self.view, input_ids, real if question_mask is None else question_mask.bool() & real))
+            null = memo["log_weights"][:, :, -1].exp()                     # (R, 1)
+            memo["hushed"] = (null >= HUSHED) & (question_mask is None)    # nobody may have asked
         self.memo, self.log_weights = memo, memo["log_weights"]            # (R, 1, N + 1)
+        self.silent = ~real | (input_ids == BOS) | memo["hushed"]          # <bos>, an outlier, hears nothing
 
     def before_attention(self, layer, x):
         if self.memo is None:
             return x
-        memo, block = self.memo, self.layers[layer - 1]
+        memo, block, (rows, width) = self.memo, self.layers[layer - 1], self.part
         if layer not in memo:
-            memo[layer] = block.remember(memo["packages"])
+            memo[layer] = block.k_proj(memo["packages"]), block.v_proj(memo["packages"])
+        (k, v), bias = block.remember(*memo[layer], memo["at"][rows]), memo["bias"][rows]
         if self.speaking is not None:
-            row, position = self.speaking
-            k, bias = memo[layer][0], memo["bias"]
-            of, asked = row // (len(x) // len(k)), row // (len(x) // bias[..., 0].numel())      # which packages and which bias are the row's
-            self.heard.append(block.attention(x[row, position], k.index_select(0, of), bias.flatten(0, 1)[asked]))
-        return x + block(x, *memo[layer], memo["bias"]).masked_fill(self.silent[..., None], 0.0)
+            spoken = x.gather(1, self.speaking[rows].clamp(max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[2]))
+            self.heard.append((rows, block.attention(spoken, k, bias)))
+        return x + block(x, k, v, bias).masked_fill(self.silent[rows, :width, None], 0.0)
 
 
 class CrossAttentionMemory(Told):
@@ -259,6 +278,11 @@ class CrossAttentionMemory(Told):
         super().__init__(gemma, tokenizer, config, base_name)
         self.injection = CrossAttentionInjection(self.config, gemma).to(gemma.device)
         self.facts_layer = len(gemma.layers)
+
+    def parameter_groups(self):
+        """What looks for the words, and what says them."""
+        says = [p for name, p in self.injection.named_parameters() if "o_proj" in name or "post_memory_layernorm" in name]
+        return [([p for p in self.trainable_parameters() if all(p is not q for q in says)], 1.0), (says, 0.3)]
 
     @torch.no_grad()
     def keep(self, turns):
@@ -285,15 +309,20 @@ class CrossAttentionMemory(Told):
         return view
 
     def arranged(self, asked):
-        if self.training:
-            self.injection.speaking, self.injection.heard = asked.answering.nonzero().unbind(1), []
+        if self.training:                                                  # positions whose next token is the answer's, in order, and some more
+            most = max(1, int(asked.answering.sum(1).max()))
+            self.injection.speaking, self.injection.heard = asked.answering.byte().argsort(dim=1, descending=True, stable=True)[:, :most], []
         return asked
 
     def copying(self, pool, batch, out):
         """- log of the attention, mean over heads and layers, on those tokens of the right turns that the answer goes on with."""
         injection, row = self.injection, out["row"]
-        mass, injection.speaking = sum(injection.heard) / len(injection.heard), None           # (n, L)
-        of = row // (len(batch["known"]) // len(injection.memo["rows"]))                       # which packages it reads
-        right = (injection.memo["rows"][of][..., None] == batch["support"][row][:, None]) & batch["known"][row][:, None]      # (n, k, 2)
-        hit = (right.any(-1)[..., None] & (injection.memo["tokens"][of] == out["targets"][:, None, None])).flatten(1)
+        nth = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)         # which of its row's answer tokens
+        mass, injection.speaking = torch.zeros(*injection.speaking.shape, injection.memo["at"].shape[1], device=row.device), None
+        for rows, heard in injection.heard:
+            mass[rows] += heard / len(injection.layers)
+        mass, injection.heard = mass[row, nth], []                                             # (n, L)
+        of = row // (len(batch["known"]) // len(injection.memo["at"]))                         # which packages it reads
+        right = (injection.memo["turn"][of][:, None] == batch["support"][row][..., None]) & batch["known"][row][..., None]     # (n, 2, L)
+        hit = right.any(1) & (injection.memo["tokens"][of] == out["targets"][:, None])
         return -(((mass * hit).sum(1) + 1e-4).log() * hit.any(1)).sum() / hit.any(1).sum().clamp(min=1)

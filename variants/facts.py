@@ -9,7 +9,8 @@ A facts file has one fact a line: a sentence as it is, or a JSON object, which c
 
 `facts` are wordings of it; `questions` are trained, with the answer; `unseen` ones are asked afterwards alone. A model that was
 trained on one wording of a fact repeats that wording and answers no question about it (https://arxiv.org/abs/2309.14316).
-So a fact that is drawn comes in several wordings and questions, and its unseen questions have templates by somebody else.
+So a fact that is drawn comes in all wordings that training has for it, as sentences, as questions, and as sentences to complete;
+its unseen questions have templates by somebody else.
 Where a file has no unseen questions, train.py measures those that were trained; where it has sentences alone, whether they are
 finished after their first half.
 """
@@ -21,13 +22,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data_gen import World, open_vocabulary
+from data_gen import World, open_vocabulary, start_small, within
 from extras.memory_model import Settings, question_prompt
 from extras.pool import autocast
 from gemma import BOS, PAD, InputError, Places
 
-WORDINGS, QUESTIONS, UNSEEN = 6, 24, 2      # of a fact that is drawn; wordings that come twice count once
+WORDINGS, QUESTIONS, UNSEEN = 6, 24, 2      # drawn of a fact, beside `every_way`; what comes twice counts once
 TOLD_OF_ONE = {1: 0.3, 2: 0.4, 3: 0.3}      # facts about one subject: its name alone must not give the answer away
+# Ways to ask any question ({f}), and to leave a gap in a sentence. A pronoun becomes the name again.
+FRAMES = ("Tell me: {f}", "Quick question: {f}", "Sorry, I forgot, {f}", "One thing, {f}", "{f} Please answer briefly.", "{f} Thanks!", "Hello! {f}",
+          "I was asked this today: {f}", "hm, {f}", "Question from a friend: {f}", "{f} I don't remember.", "Somebody has to know: {f}")
+GAPS = ("___", "…", "(what?)")
+NAMES = {"{Sub}": "{P}", "{sub}": "{p}", "{Poss}": "{P}'s", "{poss}": "{p}'s", "{obj}": "{p}"}
 
 
 @dataclass
@@ -54,12 +60,13 @@ def taught(tokenizer, n, seed):
 
     facts       list of n str: each as it would be told
     wordings    list of n lists of str: the ways it is trained, the one above first
-    train       questions in phrasings of training; like those of data_gen.World.memory, dicts with question, answer,
-                support (index of the fact, in a list) and kind
+    train       questions in phrasings of training, `every_way`; like those of data_gen.World.memory, dicts with question,
+                answer, support (index of the fact, in a list) and kind
     held_out    questions on the same facts in other phrasings
     """
     words = open_vocabulary(tokenizer)
     world, other = World("test", seed, words, "train"), World("test", seed + 1, words, "test")
+    teacher = World("test", seed + 2, words, "train")                      # of its own: however much is taught of them, the facts are the same
     rows, keys = [], set()
     while len(rows) < n:
         subject = world.person() if world.random() < 0.7 else world.thing(world.pick(world.kinds))
@@ -75,9 +82,22 @@ def taught(tokenizer, n, seed):
             value = world.value(attribute, taken)
             elsewhere = next(a for a in other.attributes[subject.type] if a.name == attribute.name)
             draw = lambda w, templates, most: [w.say(t, subject) for t in {w.pick(templates): None for _ in range(most)}]
-            wordings = {world.state(attribute, subject, value)[0]: None for _ in range(WORDINGS)}
-            rows.append((list(wordings), draw(world, attribute.questions, QUESTIONS), value, draw(other, elsewhere.questions, UNSEEN)))
+            wordings = [world.state(attribute, subject, value)[0] for _ in range(WORDINGS)]
+            wordings += [teacher.say(t, subject, value) for t in attribute.facts]
+            questions = draw(world, attribute.questions, QUESTIONS) + every_way(teacher, attribute, subject)
+            rows.append((list(dict.fromkeys(wordings)), list(dict.fromkeys(questions)), value, draw(other, elsewhere.questions, UNSEEN)))
     return together(rows)
+
+
+def every_way(world, attribute, subject):
+    """All that training has to ask for an attribute: each question as it is, in a frame and as one types in a hurry, and each
+    sentence that tells or changes it, with a gap. Sentences say in other words what the attribute is about, so they help
+    with questions that nobody thought of. List of str."""
+    sentences = [*attribute.facts, *attribute.pronoun, *attribute.updates]
+    for pronoun, name in NAMES.items():
+        sentences = [t.replace(pronoun, name) for t in sentences]
+    templates = [way for t in attribute.questions for way in (t, within(world.pick(FRAMES), t), start_small(t).rstrip("?."))]
+    return [world.say(t, subject) for t in (*templates, *(t.replace("{v}", world.pick(GAPS)) for t in sentences))]
 
 
 def read_facts(path):

@@ -24,7 +24,7 @@ class NoConfig(Settings):
 class Nothing(nn.Module, Injection):
     """Every socket is the identity."""
 
-    view, log_weights = None, None
+    view, log_weights, separable = None, None, True
 
 
 class NoMemory(Told):

@@ -76,6 +76,8 @@ class PrefixView:
 class PrefixInjection(nn.Module, Injection):
     """The graph of turns, what it keeps of them, and the slots."""
 
+    separable = True                     # rows may go through the layers a few at a time: the slots are filled before
+
     def __init__(self, config, gemma):
         super().__init__()
         self.config, D = config, gemma.config.hidden_size

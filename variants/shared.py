@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from extras.memory_model import MemoryModel
 from extras.pool import groups, judged, pools as draw_pools, summary, wanted
 from gemma import PAD, InputError, Places
+from gnn import by_length
 
 
 class Turns:
@@ -128,12 +129,20 @@ class Told(MemoryModel):
         """The questions of a batch (an extras.pool.Asked) as this design puts them to the base."""
         return asked
 
-    def states(self, input_ids, attention_mask, question_mask, last=None):
-        """The last layer's states (B, T, D), or those after `last`, with what the injection adds."""
-        injection = self.injection
+    def states(self, input_ids, attention_mask, question_mask):
+        """The last layer's states (B, T, D), with what the injection adds, of rows that are padded on the right. Those of about the
+        same length go through the layers together, where the injection lets them."""
+        injection, T = self.injection, input_ids.shape[1]
         injection.begin(input_ids, attention_mask, question_mask, None)
-        places = Places(self.gemma.config, *input_ids.shape, attention_mask, None, input_ids.device)
-        return self.gemma.run_layers(injection.on_embeddings(self.gemma.embed(input_ids)), places, 1, last, injection=injection)
+        h, parts = injection.on_embeddings(self.gemma.embed(input_ids)), by_length(attention_mask.sum(1), 3, T)
+        if len(parts) == 1 or not injection.separable:
+            return self.gemma.run_layers(h, Places(self.gemma.config, *input_ids.shape, attention_mask, None, h.device), injection=injection)
+        out = []
+        for rows, width in parts:
+            injection.part = rows, width
+            places = Places(self.gemma.config, len(rows), width, attention_mask[rows, :width], None, h.device)
+            out.append(F.pad(self.gemma.run_layers(h[rows, :width], places, injection=injection), (0, 0, 0, T - width)))
+        return torch.cat(out).index_select(0, torch.cat([rows for rows, _ in parts]).argsort())
 
     @torch.no_grad()
     def recall(self, text, top_k=5):
@@ -149,6 +158,7 @@ class PoolLesson:
 
     The design says in `facts_layer` up to which layer the pool runs its facts, and in `view_of(pool, batch)` what its
     injection sees of the memories of a batch; there `log_weights` (R, ..., N + 1), if it has such, are held to the right turn.
+    The injection says in `separable` whether rows may go through the layers a few at a time; its `part` is then set to them.
     """
 
     def __init__(self, model, settings, pools=None, progress=True):
