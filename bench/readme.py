@@ -17,6 +17,7 @@ from pathlib import Path
 from bench import compare, decode, gat, memory_scale, prefix, train_step
 from bench.common import percent, table
 from bench.ladder import LADDER, designs
+from bench.ladder import report as report_ladder
 from bench.recall import ANSWERABLE, report
 from gemma import InputError, replacing
 
@@ -124,9 +125,15 @@ def default(name):
             f"held-out people and values, trained phrasings: {', '.join(sizes)}.")
 
 
-def ladder(_):
-    """What each rung of bench.ladder changes."""
-    return table(["", "rung", "what changed"], [[d.number, d.name, d.what] for d in designs() if d.group == LADDER], left=3)
+def ladder(name):
+    """What each rung of bench.ladder changes ("rungs"), or what it measured on a base, with its plot."""
+    if name == "rungs":
+        return table(["", "rung", "what changed"], [[d.number, d.name, d.what] for d in designs() if d.group == LADDER], left=3)
+    result = saved(f"ladder-{name}")
+    said = lambda what: "; ".join(dict.fromkeys(row[what] for row in result["rungs"].values()))
+    command = re.sub(r" --(out|workers) \S+| --resume", "", said("command"))
+    return (f"`{command}`, {said('hardware')}.\n\n{report_ladder(result)}\n\n"
+            f"![Recall of every rung, of the final design without each of its parts, and after other layers](../bench/results/ladder-{name}.png)")
 
 
 def survival(_):

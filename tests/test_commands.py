@@ -30,6 +30,7 @@ TRAIN = "python train.py --model {toy} --inject-after 2 --heads 1 --key-dim 8 --
 LARGE = "--warmup 1 --lr 1.2e-3 --workers 0 --dropout 0.1 "
 SHORT = " --model {toy} --steps 1 --batch 8 --eval-every 1 "              # of designs that train through all layers
 POOL = SHORT + "--bundles 40 --facts 8 --tokens 40 --minutes 6 --workers 0 --warmup 1 "
+GROW, MEAN = "tests/test_grow.py::test_a_grown_memory_answers_as_before_and_can_learn_more", "tests/test_grow.py::test_the_mean_lies_between_two_memories"
 RECALL = "python -m bench.recall --model {toy} --quick --sizes 4 --questions 8 --edits 5 --batch 16 --only "
 
 COMMANDS = {
@@ -58,6 +59,17 @@ COMMANDS = {
         ("tests/test_train.py::test_two_processes_take_the_steps_of_one", "torch.distributed.run"),
     'python train.py --model tiny --reading-layers 1 --steps 20000 --minutes 6.9 --batch 1024 --bundles 100000 --workers 14 --facts 128 --warmup 100 --tokens 56 '
     '--eval-every 500 --compile --out out/tiny': (TRAIN + LARGE + "--reading-layers 1 --reading-dim 8 --minutes 6.9 --out out/tiny", Path("out/tiny/memory.json")),
+    'python -m extras.grow out/270m out/grown --reading-dim 256 --reading-layers 4': (GROW, "grow.main("),
+    'python train.py --model gemma-3-270m --init out/grown --sentence-layers 2 --reading-layers 4 --reading-dim 256 --candidates 32 --readable 6 --seed 3 '
+    '--steps 20000 --minutes 16.2 --batch 1024 --bundles 170000 --workers 14 --first-facts 32 --facts 256 --unknown 0.12 --lr 1e-3 --warmup 100 --tokens 44 '
+    '--eval-every 1500 --dropout 0.1 --compile --out out/C':
+        (TRAIN + LARGE + "--sentence-layers 2 --reading-layers 4 --reading-dim 8 --unknown 0.12 --out out/C", Path("out/C/memory.json")),
+    'python -m extras.mean out/grown out/C out/mean': (MEAN, "mean.main("),
+    'python -m extras.grow out/tiny out/tiny-grown --reading-dim 128 --reading-layers 2': (GROW, "grow.main("),
+    'python train.py --model tiny --init out/tiny-grown --reading-layers 2 --reading-dim 128 --seed 3 --steps 20000 --minutes 8 --batch 1024 --bundles 120000 '
+    '--workers 8 --first-facts 16 --facts 128 --unknown 0.12 --lr 1.5e-3 --warmup 100 --tokens 56 --eval-every 1500 --dropout 0.05 --compile --out out/tiny-B':
+        ("tests/test_train.py::test_a_run_can_start_from_a_trained_memory", "init="),
+    'python -m extras.mean out/tiny-grown out/tiny-B out/tiny-mean': (MEAN, "mean.main("),
     'python -m tiny.pretrain --out tiny --steps 15000 --documents 1000000':
         ("python -m tiny.pretrain --out {tmp}/pretrained --quick --steps 1 --batch 2 --documents 19200 --workers 1", Path("pretrained/model.safetensors")),
     'python -m tiny.pretrain --chapters variants/configs/chapters.json --out out/tiny-bank':
@@ -100,6 +112,7 @@ MEASURED = {
         "python -m bench.decode", "python -m bench.memory_scale", "python -m bench.train_step", "python -m bench.gat", "torchrun --nproc_per_node=2 -m bench.train_step")},
     "python -m bench.compare --model": (lambda printed: "tests/test_compare.py::measured", "compare.main("),
     "python -m bench.prefix": (lambda printed: "tests/test_compare.py::test_what_keeps_the_prefix_from_answering", "prefix.main("),
+    "python -m bench.ladder --model": (lambda printed: "tests/test_ladder.py::short", "ladder.main(["),
     "python -m bench.natural": (lambda printed: "tests/test_natural.py::test_whole_command", "natural.main(["),
     "python -m bench.sessions kills": (lambda printed: "python -m bench.sessions kills --model {toy} --times 1", "acknowledged"),
     "python -m bench.sessions flips": (lambda printed: "python -m bench.sessions flips --model {toy}", "cache_refused"),

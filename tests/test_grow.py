@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from extras import grow
+from extras import grow, mean
 from extras.blocks import BLOCK, pack, packed, unpack, unpacked
 from gemma import InputError
 from memory import GemmaWithMemory
@@ -88,3 +88,22 @@ def test_what_cannot_be_grown_is_refused(tmp_path):
     with pytest.raises(InputError, match="that has a reader"):
         grow.main([str(toy_model(tmp_path / "without", reading_layers=0)), str(tmp_path / "out"), "--reading-dim", "32"])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_mean_lies_between_two_memories(tmp_path):
+    """Catches a mean of one memory with itself, statistics of inputs that are averaged too, and two that have nothing in common."""
+    folder = toy_model(tmp_path / "before")
+    one = GemmaWithMemory.from_pretrained(folder)
+    for p in one.trainable_parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    one.injection.state_mean += 1
+    one.save_pretrained(tmp_path / "after")
+    mean.main([str(folder), str(tmp_path / "after"), str(tmp_path / "mean")])
+    before, after, found = (GemmaWithMemory.from_pretrained(tmp_path / name).injection for name in ("before", "after", "mean"))
+    for (name, a), b, m in zip(before.named_parameters(), after.parameters(), found.parameters()):
+        torch.testing.assert_close(m, (a + b) / 2, rtol=0, atol=float((a.abs() + b.abs()).max()) / 127, msg=name)
+        assert not torch.equal(a, m) and not torch.equal(b, m), name
+    assert torch.equal(found.state_mean, after.state_mean)
+    with pytest.raises(InputError, match="same settings"):
+        mean.main([str(toy_model(tmp_path / "other", reading_layers=2)), str(tmp_path / "after"), str(tmp_path / "no")])
+    assert not (tmp_path / "no").exists()
