@@ -89,7 +89,7 @@ def problem(example):
         return f"expected needed to be a list of one or two places in the {len(facts)} facts, got {needed!r:.40}"
     if answer not in facts[needed[-1]]:
         return f"the answer {answer!r:.60} does not stand in the last fact that is needed, {facts[needed[-1]]!r:.80}: a memory can only say what it was told"
-    if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", question, re.IGNORECASE):
+    if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", question.partition(" ")[2], re.IGNORECASE):       # values may be any word, even "What"
         return f"the question {question!r:.80} holds its answer, {answer!r:.40}"
 
 
