@@ -609,8 +609,8 @@ class Decoder:
     def compile_passes(self):
         """Compile layers for prompts of any length, and a whole pass for the one shape that steps have."""
         if self.compile:                                   # not when `tried` calls a second time, to go on without
-            # Without the first, products of matrix and vector are slow; without the second, each program of the MLP's last one
-            # works out all of gelu for itself (11 instead of some 6 microseconds a layer of 1B on an H200).
+            # Without the first, products of matrix and vector are slow; without the second, each program of the MLP's last
+            # product works out gelu for itself.
             tuned = {"coordinate_descent_tuning": True, "realize_opcount_threshold": 18} if self.token.is_cuda else None
             self.layer = torch.compile(DecoderLayer.forward, dynamic=True)
             self.whole = torch.compile(Gemma.forward, dynamic=False, options=tuned)

@@ -101,7 +101,7 @@ def test_the_mean_lies_between_two_memories(tmp_path):
     mean.main([str(folder), str(tmp_path / "after"), str(tmp_path / "mean")])
     before, after, found = (GemmaWithMemory.from_pretrained(tmp_path / name).injection for name in ("before", "after", "mean"))
     for (name, a), b, m in zip(before.named_parameters(), after.parameters(), found.parameters()):
-        torch.testing.assert_close(m, (a + b) / 2, rtol=0, atol=float((a.abs() + b.abs()).max()) / 127, msg=name)
+        torch.testing.assert_close(m, (a + b) / 2, rtol=0, atol=(a.abs() + b.abs()).max().item() / 127, msg=name)
         assert not torch.equal(a, m) and not torch.equal(b, m), name
     assert torch.equal(found.state_mean, after.state_mean)
     with pytest.raises(InputError, match="same settings"):
