@@ -1,5 +1,7 @@
 """Files in eight bits a number, and memories with a larger reader that answer as before."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from extras import grow, mean
 from extras.blocks import BLOCK, pack, packed, unpack, unpacked
 from gemma import InputError
+from gnn import rms_norm
 from memory import GemmaWithMemory
 from toy import FACTS, one_thread, toy_model  # noqa: F401 (one_thread is a fixture)
 
@@ -78,6 +81,24 @@ def test_a_grown_memory_answers_as_before_and_can_learn_more(tmp_path, options):
     new.forward(ids, None, torch.ones_like(ids)).float().pow(2).mean().backward()
     asks = new.injection.understand.ask.weight.grad
     assert asks is not None and (asks.abs().sum(1) > 0).all()              # every width, the new ones too
+
+
+@pytest.mark.parametrize("dim, layers", [(32, 2), (16, 3), (64, 3)])
+@torch.no_grad()
+def test_a_grown_reader_says_the_same(tmp_path, dim, layers):
+    """Catches each factor that RMSNorm over more widths and scores over wider heads have to be made up for by: to the last bits."""
+    old = GemmaWithMemory.from_pretrained(toy_model(tmp_path, reading_layers=2))
+    torch.manual_seed(3)
+    for p in old.injection.understand.parameters():
+        p.normal_(std=0.3)                                                 # fresh ones say so little that mistakes would not show
+    new = GemmaWithMemory(old.gemma, old.tokenizer, replace(old.config, reading_dim=dim, reading_layers=layers), old.base_name).eval()
+    grow.grow(old.injection.state_dict(), new.injection.state_dict())
+    question, found, tokens = torch.randn(2, 5, 96), torch.randn(2, 48), torch.randn(2, 3, 4, old.injection.meaning.in_features)
+
+    def said(injection):
+        meant = injection.understand(question, torch.ones(2, 5, dtype=torch.bool), found, rms_norm(injection.meaning(tokens)), torch.ones(2, 3, 4, dtype=torch.bool))
+        return torch.cat((injection.understood_key(meant), injection.fits(meant), injection.outdated.says(meant)), -1)
+    torch.testing.assert_close(said(new.injection), said(old.injection), rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_grown_is_refused(tmp_path):
