@@ -56,7 +56,8 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0, help="of what starts at random (default 0)")
     args = parser.parse_args(arguments)
     old = GemmaWithMemory.from_pretrained(args.memory)
-    config = replace(old.config, reading_dim=args.reading_dim or old.config.reading_dim, reading_layers=args.reading_layers or old.config.reading_layers)
+    asked = {name: value for name in ("reading_dim", "reading_layers") if (value := getattr(args, name)) is not None}
+    config = replace(old.config, **asked)
     config.check("--reading-dim, --reading-layers")
     if not old.config.reading_layers or config.reading_dim < old.config.reading_dim or config.reading_layers < old.config.reading_layers:
         raise InputError(f"expected a memory that has a reader, and at least its {old.config.reading_layers} layers of width {old.config.reading_dim}, "

@@ -106,6 +106,8 @@ def test_what_cannot_be_grown_is_refused(tmp_path):
     folder = toy_model(tmp_path / "toy")
     with pytest.raises(InputError, match="at least its 1 layers of width 16"):
         grow.main([str(folder), str(tmp_path / "out"), "--reading-dim", "8"])
+    with pytest.raises(InputError, match="at least its 1 layers of width 16"):
+        grow.main([str(folder), str(tmp_path / "out"), "--reading-layers", "0"])
     with pytest.raises(InputError, match="that has a reader"):
         grow.main([str(toy_model(tmp_path / "without", reading_layers=0)), str(tmp_path / "out"), "--reading-dim", "32"])
     assert not (tmp_path / "out").exists()
