@@ -596,6 +596,8 @@ class World:
         if self.random() < WRAPPED:
             template = within(self.pick(self.prose["wrap"]), template)
         link, taken = [self.say(template, one, other.name)], {other.name}
+        if self.random() < STORY:
+            return self.relative_story(relation, one, other, link, taken)
         plan = []
         while not plan:
             plan = [("plain", told[:1]) for _, told in self.plan(other, None)[:2] if told[0].clashes.isdisjoint((relation.name, relation.phrase))]
@@ -623,6 +625,27 @@ class World:
                     phrase = self.pick(self.relations).phrase
             questions += self.ask(attribute, one._replace(name=f"{one.name}'s {phrase}"), "", [], "unanswerable")[:1]
         return self.finish(self.weave(*stories), questions, {one.key, other.key})
+
+    def relative_story(self, relation, one, other, link, taken):
+        """What `relatives` makes of a scene of the second person: its questions, asked by way of the first."""
+        keys, by_way = {one.key, other.key}, f"{one.name}'s {relation.phrase}"
+        while True:
+            scene = self.pick(self.scenes["person"])
+            chunks, questions = self.play(other, [scene], taken, keys)
+            asked = [question for question in questions if question.kind == "lookup" and other.name in question.question]
+            if asked:
+                break
+        stories = [[[link]], chunks]
+        by_ways = [Question(question.question.replace(other.name, by_way), question.answer, [link, *question.support], "two_hop", self.trained)
+                   for question in asked]
+        if self.random() < UNANSWERABLE:        # what is told, but of another relative
+            phrase = self.pick([r.phrase for r in self.relations if r.phrase != relation.phrase])
+            by_ways.append(Question(self.pick(asked).question.replace(other.name, f"{one.name}'s {phrase}"), "", [], "unanswerable", self.trained))
+        if self.random() < 0.5:                 # the first person's own, a hard negative
+            own, more = self.play(one, [scene], taken, keys)
+            stories.append(own)
+            questions += more
+        return self.finish(self.weave(*stories), questions + by_ways, keys)
 
     def story(self, kind=None):
         """A Bundle of one to three scenes of a subject (and perhaps of its twin), each of which tells several things at once."""

@@ -97,12 +97,12 @@ class TokenLayer(nn.Module):
         self.up, self.down = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
         self.distance = nn.Parameter(torch.zeros(heads, 2 * reach + 1))
 
-    def forward(self, h, real, far):
-        """h (E, M, dim) tokens of E graphs, of which `real` (E, M) are no padding; far (M, M, 2 * reach + 1): the distances from
-        each place to each other, see `distances` -> (E, M, dim)."""
+    def forward(self, h, real, same, near, wide):
+        """h (E, M, dim) tokens of E graphs, of which `real` (E, M) are no padding; same (E, M, M): which two are of one text;
+        near, wide (M, M, 2 * reach + 1): the distance between two places if so, and if not; see `distances` -> (E, M, dim)."""
         q, k, v = self.qkv(rms_norm(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)       # each (E, H, M, C)
-        bias = (self.distance @ far.mT).transpose(0, 1)                                         # (H, M, M)
-        bias = bias.to(q.dtype).masked_fill(~real[:, None, None], -1e4)                         # (E, H, M, M)
+        near, wide = ((self.distance @ far.mT).transpose(0, 1) for far in (near, wide))                 # (H, M, M) each
+        bias = torch.where(same[:, None], near, wide).to(q.dtype).masked_fill(~real[:, None, None], -1e4)       # (E, H, M, M)
         h = h + self.out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
         return h + self.down(F.gelu(self.up(rms_norm(h))))
 
@@ -125,11 +125,29 @@ def by_length(lengths, parts, widest):
     lengths (R,), of which none is above `widest`. Too few rows for `parts` stay together. Widths are multiples of 8, if they
     aren't `widest`: the fast kernels of attention want that.
     """
-    rows = torch.arange(len(lengths), device=lengths.device)
     if len(lengths) < 16 * parts:
-        return [(rows, widest)]
-    several = lengths.argsort(stable=True).chunk(parts)
-    return [(rows, min(n + -n % 8, widest)) for rows, n in zip(several, torch.stack([lengths[rows[-1]] for rows in several]).tolist())]
+        return [(torch.arange(len(lengths), device=lengths.device), widest)]
+    ordered, rows = lengths.sort(stable=True)
+    longest = torch.stack([part[-1] for part in ordered.chunk(parts)]).tolist()                 # the one word with the GPU
+    return [(part, min(n + -n % 8, widest)) for part, n in zip(rows.chunk(parts), longest)]
+
+
+class Move(torch.autograd.Function):
+    """Rows to other places, at most one to each row: then the gradient too is moved, where an index would have to add up."""
+
+    @staticmethod
+    def forward(ctx, x, come, go):
+        """x (n, dim); come (m,): which row each place gets, n for none; go (n,): the place that each row goes to, m for none -> (m, dim)."""
+        ctx.save_for_backward(come, go)
+        return Move.moved(x, come)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Move.moved(grad, ctx.saved_tensors[1]), None, None
+
+    @staticmethod
+    def moved(x, come):
+        return x.index_select(0, come.clamp(max=len(x) - 1)).masked_fill_((come >= len(x))[:, None], 0.0) if len(x) else x.new_zeros(len(come), x.shape[1])
 
 
 class TokenAttention(nn.Module):
@@ -140,24 +158,24 @@ class TokenAttention(nn.Module):
         self.reach = reach
         self.layers = nn.ModuleList(TokenLayer(dim, heads, reach) for _ in range(layers))
 
-    def run_layers(self, h, real, place):
-        """h (E, M, dim) and real (E, M) as for a layer, place (M,) where the tokens stand -> (E, M, dim), normalised."""
-        far = distances(place, self.reach)
+    def run_layers(self, h, real, text):
+        """h (E, M, dim) and real (E, M) as for a layer, text (E, M): which one a token is of -> (E, M, dim), normalised."""
+        place, same = torch.arange(h.shape[1], device=h.device), text[:, None] == text[..., None]
+        near, wide = distances(place, self.reach), distances(place * self.reach, self.reach)    # nobody is a neighbour across texts
         for layer in self.layers:
-            h = layer(h, real, far)
+            h = layer(h, real, same, near, wide)
         return rms_norm(h)
 
-    def attend(self, tokens, parts):
-        """tokens (n, dim); parts: list of (at, place), at (E, M) being the token that stands at each place (M,) of E graphs, n for
-        none -> (n, dim). All parts are filled and emptied at once, and so are their gradients."""
-        n, every, out = len(tokens), torch.cat([at.flatten() for at, _ in parts]), []           # every: (all places of all graphs,)
-        filled = F.pad(tokens, (0, 0, 0, 1)).index_select(0, every).split([at.numel() for at, _ in parts])
-        for h, (at, place) in zip(filled, parts):
+    def attend(self, tokens, graphs):
+        """tokens (n, dim); graphs: list of (at, text), at (E, M) being the token that stands at each place of E graphs, n for
+        none, and text (E, M) -> (n, dim). All graphs are filled and emptied at once."""
+        n, every = len(tokens), torch.cat([at.flatten() for at, _ in graphs])                   # (all places of all graphs,)
+        lies = torch.full((n + 1,), len(every), device=every.device).scatter(0, every, torch.arange(len(every), device=every.device))[:n]
+        out = []
+        for h, (at, text) in zip(Move.apply(tokens, every, lies).split([at.numel() for at, _ in graphs]), graphs):
             h = h.clone().unflatten(0, at.shape)       # (E, M, dim); a view that starts elsewhere would be compiled anew
-            out.append(self.run_layers(h, at < n, place).flatten(0, 1))
-        # The way back: in which of these places each token lies; one that stands nowhere gets what nobody reads.
-        lies = every.new_zeros(n + 1).scatter(0, every, torch.arange(len(every), device=every.device))
-        return torch.cat(out).index_select(0, lies[:-1])
+            out.append(self.run_layers(h, at < n, text).flatten(0, 1))
+        return Move.apply(torch.cat(out), lies, every)
 
 
 class SentenceAttention(TokenAttention):
@@ -173,11 +191,12 @@ class SentenceAttention(TokenAttention):
 
     def forward(self, x, lengths):
         """x (all, F) features of the tokens of E episodes that lie end to end, lengths (E,) -> (all, dim)."""
-        starts, parts = lengths.cumsum(0) - lengths, []
-        for rows, width in by_length(lengths, 4, int(lengths.max()) if len(lengths) else 0):
+        starts, graphs = lengths.cumsum(0) - lengths, []
+        for rows, width in by_length(lengths, 3, int(lengths.max()) if len(lengths) else 0):
             place = torch.arange(width, device=x.device)
-            parts.append(((starts[rows, None] + place).masked_fill(place >= lengths[rows, None], len(x)), place))
-        return self.attend(self.enter(x), parts)
+            at = (starts[rows, None] + place).masked_fill(place >= lengths[rows, None], len(x))
+            graphs.append((at, torch.zeros_like(at)))
+        return self.attend(self.enter(x), graphs)
 
 
 class ReadingAttention(TokenAttention):
@@ -196,22 +215,20 @@ class ReadingAttention(TokenAttention):
         """question (R, T, F), of which the tokens `asks` (R, T) count; found (R, D) of the hop before, or None; told
         (R, r, M, dim) the tokens of r episodes, of which `real` (R, r, M) exist -> (R, r, M, dim)."""
         (R, r, M), q = real.shape, self.ask(question)
-        if found is not None:
+        if found is not None:                                                                   # a text of one token, before the others
             q, asks = torch.cat((self.found(found)[:, None].to(q.dtype), q), 1), F.pad(asks, (1, 0), value=True)
-        T, apart = asks.shape[1], 2 * self.reach                                      # nobody is a neighbour across a gap
-        tokens = torch.cat((q.flatten(0, 1), told.flatten(0, 2).to(q.dtype)))                   # those of all questions, of all episodes
-        place, every = torch.arange(T + M, device=q.device), torch.arange(len(tokens), device=q.device)
-        place = place + apart * (place >= T) - apart * (place < int(found is not None))
-        asks_at = every[:R * T].view(R, T).masked_fill(~asks, len(tokens))
-        told_at = every[R * T:].view(R * r, M).masked_fill(~real.flatten(0, 1), len(tokens))
-        length = lambda at: ((at < len(tokens)) * torch.arange(1, at.shape[1] + 1, device=at.device)).amax(1)
-        parts = []
-        for rows, t in by_length(length(asks_at), 2, T):
-            episodes = (rows[:, None] * r + every[:r]).flatten()
-            for some, m in by_length(length(told_at[episodes]), 3, M):
-                at = torch.cat((asks_at[episodes[some] // r, :t], told_at[episodes[some], :m]), 1)
-                parts.append((at, torch.cat((place[:t], place[T:T + m]))))
-        return self.attend(tokens, parts)[R * T:].view(R, r, M, -1)
+        each = lambda x: x[:, None].expand(-1, r, *x.shape[1:]).flatten(0, 1)                   # every episode has the question to itself
+        tokens = torch.cat((each(q), told.to(q.dtype).flatten(0, 1)), 1)                        # (E, T + M, dim), E = R * r
+        here = torch.cat((each(asks), real.flatten(0, 1)), 1)                                   # (E, T + M)
+        (E, width), column = here.shape, torch.arange(here.shape[1], device=q.device)
+        text = (column >= int(found is not None)).long() + (column >= width - M)
+        # What is there moves to the front: graphs are as wide as they have tokens, and those of about the same width run together.
+        order, lengths, graphs = here.byte().argsort(dim=1, descending=True, stable=True), here.sum(1), []
+        for rows, most in by_length(lengths, 3, width):
+            place = order[rows, :most]
+            at = (rows[:, None] * width + place).masked_fill(column[:most] >= lengths[rows, None], E * width)
+            graphs.append((at, text[place]))
+        return self.attend(tokens.flatten(0, 1), graphs).view(E, width, -1)[:, -M:].unflatten(0, (R, r))
 
 
 # Edge features, one column each. A self-loop is all zeros.

@@ -63,6 +63,7 @@ class TrainConfig:
     copying: float = field(default=0.5, metadata={"help": "weight of the copying loss"})
     unknown: float = field(default=0.1, metadata={"help": "share of questions about somebody the memory never heard of"})
     text: float = field(default=0.06, metadata={"help": "share of rows that are ordinary text, for which the memory is to be silent"})
+    hard: float = field(default=1.0, metadata={"help": "how often a question is drawn on an update, a list or one of several values of a sentence, against an easier one"})
     tokens: int = field(default=40, metadata={"help": "T: longest question with its answer, longer ones are left out; sentences may be 1.6 times as long"})
     open_words: bool = field(default=True, metadata={"help": "values from the whole vocabulary; without them the memory learns to classify, not to copy"})
     eval_every: int = field(default=200, metadata={"help": "steps between evaluations on held-out people and values"})
@@ -79,7 +80,7 @@ class TrainConfig:
         """Raise InputError for settings that can't be trained with."""
         variants.check_name(self.variant)
         for name, least in dict(steps=1, batch=8, accumulate=1, bundles=1, facts=8, first_facts=1, eval_every=1, tokens=16, workers=0, warmup=0, patience=0, minutes=0,
-                                lr=0, weight_decay=0, clip=0, retrieval=0, copying=0, unknown=0, text=0).items():
+                                lr=0, weight_decay=0, clip=0, retrieval=0, copying=0, unknown=0, text=0, hard=0).items():
             if not getattr(self, name) >= least:
                 raise InputError(f"expected --{name.replace('_', '-')} of at least {least}, got {getattr(self, name)}.")
         if self.accumulate % processes():

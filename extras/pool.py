@@ -13,6 +13,7 @@ import multiprocessing
 import re
 import signal
 import zlib
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from gemma import BOS, PAD, Places, Tokenizer
 from memory import TokenStore, node_features
 
 TEXT = len(KINDS)                       # the kind of a sequence that is ordinary text
+HARD = {KINDS.index("list"), KINDS.index("update")}     # what a memory learns last
 LONGEST = 8                             # sentences of a bundle; the one in 200 that is longer would not fit into the smallest memories
 
 
@@ -83,19 +85,24 @@ def draw_part(task):
 class Pool:
     """Bundles of one split with their frozen states: what a batch is drawn from. Lives on the model's device."""
 
-    def __init__(self, model, split, P, tokens, seed, open_words=True, phrasings=None, texts=0, draw=map, progress=True, layers=None):
-        """texts: how many pieces of ordinary text to add, written by the base itself; draw: a map of one or more processes;
+    def __init__(self, model, split, P, tokens, seed, open_words=True, phrasings=None, texts=0, hard=1.0, draw=map, progress=True, layers=None):
+        """texts: how many pieces of ordinary text to add, written by the base itself; hard: how often a hard question is drawn against
+        an easy one (see HARD; which of several values of a sentence is meant is hard too); draw: a map of one or more processes;
         layers: up to which sentences and questions are run, 0 for not at all; default: to where the graph memory plugs in."""
         device = model.gemma.device
         parts = max(1, min(64, P // 500))              # each with a seed of its own: the number of workers changes nothing
         tasks = [(model.tokenizer.path, model.config.chat, split, phrasings, open_words, tokens, seed * 1000 + i, P // parts) for i in range(parts)]
-        facts, sequences, self.bundles = [], [], []
+        facts, sequences, weights, self.bundles = [], [], [], []
         for part in tqdm(draw(draw_part, tasks), desc=f"drawing {split} sentences", unit="part", total=parts, disable=not progress, leave=False):
             for fact_ids, follows, asked, subjects in part:
                 self.bundles.append((range(len(facts), len(facts) + len(fact_ids)), follows,
                                      range(len(sequences), len(sequences) + len(asked)), subjects))
                 facts += fact_ids
                 sequences += asked
+                answers = defaultdict(set)                                 # of the sentence that answers: all that it does
+                for _, answer, support, _ in asked:
+                    answers[tuple(support[-1:])].add(tuple(answer))
+                weights += [hard if kind in HARD or len(answers[tuple(support[-1:])]) > 1 else 1.0 for *_, support, kind in asked]
         self.asked = len(sequences)
         sequences += [(ids, [], [], TEXT) for ids in ordinary_text(model, texts, tokens, seed)]
         P, F_ = len(self.bundles), max(len(b[0]) for b in self.bundles)
@@ -108,6 +115,8 @@ class Pool:
         self.support = fill([s[2][:2] for s in sequences], 2)                                  # (all, 2) slots of the bundle or -1
         self.kind = torch.tensor([s[3] for s in sequences], device=device)
         self.prompt_length = torch.tensor([len(s[0]) for s in sequences], device=device)
+        self.longest = max(len(s[0]) for s in sequences)                                       # tokens of a prompt
+        self.weight = torch.tensor(weights + [1.0] * (len(sequences) - self.asked) + [0.0], device=device)      # the last: of no question
         # Sentences without <bos>, questions with it: the layers above attend to it.
         below = layers or (model.config.inject_after,) * 2
         self.facts = self.encode(model, facts, 1, progress, below[0])
@@ -190,15 +199,15 @@ class Pool:
 
         # Questions: of a bundle that is in the memory, or (unknown) of one that is not.
         S = R // G
-        slot = torch.multinomial(kept.float(), S, replacement=True, generator=generator)       # (G, S)
+        slot = torch.multinomial(self.weight[self.questions_of[picked]].sum(-1) * kept, S, replacement=True, generator=generator)        # (G, S)
         outside = rand(G, S) < unknown
         elsewhere = pick(len(self.facts_of), G, S)
         heard_of = self.subjects[elsewhere][:, :, None, :, None] == who[:, None, :, None, :]   # (G, S, B, 2, 2)
         outside &= ~(heard_of.any(-1).any(-1) & kept[:, None]).any(2)                          # about somebody told of here: no stranger
         bundle = torch.where(outside, elsewhere, picked.gather(1, slot))
         questions = self.questions_of[bundle]
-        which = (rand(G, S) * (questions >= 0).sum(-1)).long()
-        sequence = questions.gather(2, which[..., None])[..., 0]
+        which = torch.multinomial(self.weight[questions].flatten(0, 1), 1, generator=generator)                # (G * S, 1)
+        sequence = questions.flatten(0, 1).gather(1, which).view(G, S)
         if text and len(self.kind) > self.asked:
             is_text = rand(G, S) < text
             sequence = torch.where(is_text, self.asked + pick(len(self.kind) - self.asked, G, S), sequence)
@@ -220,7 +229,7 @@ class Pool:
         spoken = real & (offset > 0)                                                           # all but <bos>
         # The next token is the answer's; where the memory can't know it, nothing is to be said.
         answering = F.pad(real[:, 1:] & (offset[1:] >= prompt[:, None]) & batch["known"].any(1)[:, None], (0, 1))
-        return Asked(store.ids[place], place, real, spoken, spoken & (offset < prompt[:, None]), answering, int(prompt.max()))
+        return Asked(store.ids[place], place, real, spoken, spoken & (offset < prompt[:, None]), answering, self.longest)
 
 
 @dataclass
@@ -233,7 +242,7 @@ class Asked:
     spoken: torch.Tensor             # (R, T) no padding and no <bos>
     question: torch.Tensor           # (R, T) the prompt, without <bos>
     answering: torch.Tensor          # (R, T) positions whose next token is the answer's
-    longest: int                     # tokens of the longest prompt
+    longest: int                     # tokens of the pool's longest prompt
 
     def answers(self, gemma, h):
         """Logits where the answer is spoken, of the last layer's states h (R, T, D), with their targets and where they stand."""
@@ -248,7 +257,7 @@ def pools(model, settings, progress=True, **options):
     with spawn() if settings.workers else nullcontext() as workers:
         options.update(draw=workers.imap if workers else map, progress=progress)
         return (Pool(model, "train", settings.bundles, settings.tokens, settings.seed, settings.open_words,
-                     texts=min(4096, settings.bundles // 8), **options),
+                     texts=min(4096, settings.bundles // 8), hard=settings.hard, **options),
                 Pool(model, "validation", max(200, settings.bundles // 20), settings.tokens, settings.seed + 1, **options))
 
 
@@ -274,8 +283,9 @@ def wanted(batch, hop, hops, N):
 
     A question of two hops needs the first fact first and the second last; all others need all their facts at every hop.
     """
-    two_hop, turn = batch["kind"] == KINDS.index("two_hop"), torch.tensor([hop == 0 and hops > 1, hop == hops - 1], device=batch["known"].device)
-    needed = batch["known"] & (turn | ~two_hop[:, None])                                       # (R, 2)
+    two_hop = batch["kind"] == KINDS.index("two_hop")
+    turn = torch.stack([~two_hop if not of_this else torch.ones_like(two_hop) for of_this in (hop == 0 and hops > 1, hop == hops - 1)], 1)
+    needed = batch["known"] & turn                                                             # (R, 2)
     target = (F.one_hot(batch["support"], N + 1).bool() & needed[..., None]).any(1)
     target[:, -1] = ~needed.any(1)
     return target

@@ -479,7 +479,8 @@ def test_reading_attention_is_sentence_attention_on_both():
                 place = torch.cat((torch.tensor([-9]), torch.arange(4), 20 + torch.arange(6)))        # further apart than `reach`
                 h = h[None, counts]
                 for layer in reading.layers:
-                    h = layer(h, torch.ones(1, h.shape[1], dtype=torch.bool), distances(place[counts], 3))
+                    far, one = distances(place[counts], 3), torch.ones(1, h.shape[1], dtype=torch.bool)
+                    h = layer(h, one, one[..., None] & one[:, None], far, far)
                 torch.testing.assert_close(out[i, e, real[i, e]], F.rms_norm(h, (8,))[0, -int(real[i, e].sum()):], rtol=1e-4, atol=1e-5)
 
 
@@ -491,7 +492,7 @@ def test_many_sentences_are_heard_as_one():
     lengths = torch.randint(1, 30, (200,))
     x = torch.randn(int(lengths.sum()), 6)
     alone = [attention(part, lengths[i:i + 1]) for i, part in enumerate(x.split(lengths.tolist()))]
-    assert len(by_length(lengths, 4, 29)) == 4 and len(by_length(lengths[:20], 4, 29)) == 1
+    assert len(by_length(lengths, 3, 29)) == 3 and len(by_length(lengths[:20], 3, 29)) == 1
     torch.testing.assert_close(attention(x, lengths), torch.cat(alone), rtol=1e-4, atol=1e-5)
     question, found, told = torch.randn(80, 11, 5), torch.randn(80, 3), torch.randn(80, 2, 29, 8)
     asks, real = torch.arange(11) < torch.randint(1, 12, (80, 1)), torch.arange(29) < lengths[:160].view(80, 2, 1)
