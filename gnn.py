@@ -102,8 +102,9 @@ class TokenLayer(nn.Module):
         near, wide (M, M, 2 * reach + 1): the distance between two places if so, and if not; see `distances` -> (E, M, dim)."""
         q, k, v = self.qkv(rms_norm(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)       # each (E, H, M, C)
         near, wide = ((self.distance @ far.mT).transpose(0, 1) for far in (near, wide))                 # (H, M, M) each
-        bias = torch.where(same[:, None], near, wide).to(q.dtype).masked_fill(~real[:, None, None], -1e4)       # (E, H, M, M)
-        h = h + self.out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
+        scores = q @ k.mT / q.shape[-1] ** 0.5 + torch.where(same[:, None], near, wide)                 # (E, H, M, M)
+        weights = scores.float().masked_fill(~real[:, None, None], -1e4).softmax(-1).to(v.dtype)
+        h = h + self.out((weights @ v).transpose(1, 2).flatten(2))
         return h + self.down(F.gelu(self.up(rms_norm(h))))
 
 
