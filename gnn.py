@@ -97,11 +97,14 @@ class TokenLayer(nn.Module):
         self.up, self.down = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
         self.distance = nn.Parameter(torch.zeros(heads, 2 * reach + 1))
 
-    def forward(self, h, real, same, near, wide):
-        """h (E, M, dim) tokens of E graphs, of which `real` (E, M) are no padding; same (E, M, M): which two are of one text;
-        near, wide (M, M, 2 * reach + 1): the distance between two places if so, and if not; see `distances` -> (E, M, dim)."""
+    def forward(self, h, real, same, far):
+        """h (E, M, dim) tokens of E graphs, of which `real` (E, M) are no padding; same (E, M, M): which two are of one text, and
+        have a distance, far (M, M, 2 * reach + 1), see `distances`; all others are as far apart as can be -> (E, M, dim)."""
         q, k, v = self.qkv(rms_norm(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)       # each (E, H, M, C)
-        near, wide = ((self.distance @ far.mT).transpose(0, 1) for far in (near, wide))                 # (H, M, M) each
+        near = (self.distance @ far.mT).transpose(0, 1)                                                 # (H, M, M)
+        before, after = self.distance[:, [0, -1], None, None].unbind(1)                                 # (H, 1, 1) each
+        wide = torch.where(torch.ones_like(far[..., 0]).triu().bool(), after, before)                   # (H, M, M)
+        # By hand: a bias that differs from graph to graph keeps torch's kernel from saving anything.
         scores = q @ k.mT / q.shape[-1] ** 0.5 + torch.where(same[:, None], near, wide)                 # (E, H, M, M)
         weights = scores.float().masked_fill(~real[:, None, None], -1e4).softmax(-1).to(v.dtype)
         h = h + self.out((weights @ v).transpose(1, 2).flatten(2))
@@ -161,10 +164,9 @@ class TokenAttention(nn.Module):
 
     def run_layers(self, h, real, text):
         """h (E, M, dim) and real (E, M) as for a layer, text (E, M): which one a token is of -> (E, M, dim), normalised."""
-        place, same = torch.arange(h.shape[1], device=h.device), text[:, None] == text[..., None]
-        near, wide = distances(place, self.reach), distances(place * self.reach, self.reach)    # nobody is a neighbour across texts
+        same, far = text[:, None] == text[..., None], distances(torch.arange(h.shape[1], device=h.device), self.reach)
         for layer in self.layers:
-            h = layer(h, real, same, near, wide)
+            h = layer(h, real, same, far)
         return rms_norm(h)
 
     def attend(self, tokens, graphs):

@@ -65,11 +65,21 @@ COMMANDS = {
     '--eval-every 1500 --dropout 0.1 --compile --out out/C':
         (TRAIN + LARGE + "--sentence-layers 2 --reading-layers 4 --reading-dim 8 --unknown 0.12 --out out/C", Path("out/C/memory.json")),
     'python -m extras.mean out/grown out/C out/mean': (MEAN, "mean.main("),
+    'python train.py --model gemma-3-270m --init out/mean --sentence-layers 2 --reading-layers 4 --reading-dim 256 --candidates 32 --readable 6 --seed 4 '
+    '--steps 30000 --minutes 13.5 --batch 1024 --bundles 170000 --workers 16 --first-facts 32 --facts 256 --unknown 0.12 --text 0.05 --hard 3 --lr 7e-4 '
+    '--warmup 100 --tokens 44 --eval-every 1500 --dropout 0.02 --out out/D':
+        (TRAIN + LARGE + "--sentence-layers 2 --reading-layers 4 --reading-dim 8 --unknown 0.12 --hard 3 --out out/D", Path("out/D/memory.json")),
+    'python -m extras.mean out/mean out/D out/mean-2': (MEAN, "mean.main("),
     'python -m extras.grow out/tiny out/tiny-grown --reading-dim 128 --reading-layers 2': (GROW, "grow.main("),
     'python train.py --model tiny --init out/tiny-grown --reading-layers 2 --reading-dim 128 --seed 3 --steps 20000 --minutes 8 --batch 1024 --bundles 120000 '
     '--workers 8 --first-facts 16 --facts 128 --unknown 0.12 --lr 1.5e-3 --warmup 100 --tokens 56 --eval-every 1500 --dropout 0.05 --compile --out out/tiny-B':
         ("tests/test_train.py::test_a_run_can_start_from_a_trained_memory", "init="),
     'python -m extras.mean out/tiny-grown out/tiny-B out/tiny-mean': (MEAN, "mean.main("),
+    'python -m extras.grow out/tiny-mean out/tiny-larger --reading-dim 192 --reading-layers 3': (GROW, "grow.main("),
+    'python train.py --model tiny --init out/tiny-larger --reading-layers 3 --reading-dim 192 --seed 4 --steps 30000 --minutes 11.8 --batch 1024 --bundles 120000 '
+    '--workers 8 --first-facts 16 --facts 128 --unknown 0.12 --hard 2 --lr 1.5e-3 --warmup 100 --tokens 56 --eval-every 1500 --dropout 0 --out out/tiny-C':
+        ("tests/test_train.py::test_a_run_can_start_from_a_trained_memory", "init="),
+    'python -m extras.mean out/tiny-larger out/tiny-C out/tiny-mean-2': (MEAN, "mean.main("),
     'python -m tiny.pretrain --out tiny --steps 15000 --documents 1000000':
         ("python -m tiny.pretrain --out {tmp}/pretrained --quick --steps 1 --batch 2 --documents 19200 --workers 1", Path("pretrained/model.safetensors")),
     'python -m tiny.pretrain --chapters variants/configs/chapters.json --out out/tiny-bank':

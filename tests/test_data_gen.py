@@ -346,6 +346,29 @@ def test_a_relation_is_no_open_attribute_of_the_same_name():
     assert asked > 100
 
 
+def test_scenes_are_asked_by_way_of_a_relative():
+    """Catches a question that names the second person after all, one whose relation isn't told, and one on another relative that
+    the memory could answer."""
+    world, phrases, seen = World("train", 14, WORDS), {r.phrase for r in World("train").relations}, Counter()
+    told = lambda name, text: re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.I)
+    for _ in range(300):
+        relation, one = world.pick(world.relations), world.person()
+        other = world.person(relation.gender, titles=False)
+        if told(other.name, one.name) or told(one.name, other.name):
+            continue
+        bundle = world.relative_story(relation, one, other, [f"{one.name} … {other.name}"], {other.name})
+        for question in bundle.questions:
+            by_way = next((phrase for phrase in sorted(phrases, key=len, reverse=True) if told(f"{one.name}'s {phrase}", question.question)), None)
+            if question.kind == "two_hop":
+                link, sentence = (bundle.facts[i] for i in question.support)
+                assert link == f"{one.name} … {other.name}" and question.answer in sentence and told(other.name, sentence)
+                assert by_way == relation.phrase and not told(other.name, question.question)
+            elif question.kind == "unanswerable" and by_way:
+                assert by_way != relation.phrase and not question.support
+            seen[question.kind, by_way is not None] += 1
+    assert seen["two_hop", True] > 300 and seen["unanswerable", True] > 50 and seen["lookup", False] > 300
+
+
 def test_joining():
     """Catches a pronoun that keeps its capital after ", and", and templates that can't follow it."""
     assert joining(["{Sub} lives in {v}.", "In {v} {sub} lives.", "{Poss} code is {v}.", "Code of {obj}: {v}"]) == \

@@ -480,7 +480,7 @@ def test_reading_attention_is_sentence_attention_on_both():
                 h = h[None, counts]
                 for layer in reading.layers:
                     far, one = distances(place[counts], 3), torch.ones(1, h.shape[1], dtype=torch.bool)
-                    h = layer(h, one, one[..., None] & one[:, None], far, far)
+                    h = layer(h, one, one[..., None] & one[:, None], far)
                 torch.testing.assert_close(out[i, e, real[i, e]], F.rms_norm(h, (8,))[0, -int(real[i, e].sum()):], rtol=1e-4, atol=1e-5)
 
 
