@@ -240,6 +240,18 @@ def schedule(settings, step, seconds):
     return rate, min(settings.facts, least * 2 ** stage), done
 
 
+def gradients(lesson, settings, step, N, parts):
+    """Add up the gradients of some of a step's batches, numbers below `accumulate`. Returns the loss of the last, and its parts."""
+    for part in parts:
+        # Every draw is a function of seed and step: a resumed run sees what the unbroken one would have.
+        generator = torch.Generator(lesson.model.gemma.device).manual_seed((settings.seed * 1_000_003 + step) * 64 + part)
+        torch.manual_seed((settings.seed * 1_000_003 + step) * 64 + part)                    # for dropout
+        with autocast(lesson.model):
+            loss = lesson.loss(N, generator)
+        (loss["loss"] / settings.accumulate).backward()
+    return loss
+
+
 def compiled(f):
     """f, compiled where it trains: the few batches of an evaluation don't pay for another minute of compiling."""
     fast = torch.compile(f, dynamic=True)
@@ -304,9 +316,9 @@ def train(settings, memory_config=None, model=None, pools=None):
     if first and not settings.resume:   # a run that is killed before its first evaluation can be resumed too
         save_checkpoint(folder, model, optimizer, progress)
     start, best, spent, broken, skipped, waited = (progress[name] for name in ("step", "best", "seconds", "broken", "skipped", "waited"))
-    if settings.compile:
-        for stack in lesson.stacks:
-            stack.run_layers = compiled(stack.run_layers)
+    stacks = lesson.stacks if settings.compile else None
+    for stack in stacks or ():
+        stack.run_layers = compiled(stack.run_layers)
     ready = time.time()
     seen, last, lines, log = 0, {}, [], folder / "log.jsonl"
     if settings.resume and log.is_file():
@@ -325,13 +337,16 @@ def train(settings, memory_config=None, model=None, pools=None):
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         model.train()
-        for part in range(rank, settings.accumulate, together):
-            # Every draw is a function of seed and step: a resumed run sees what the unbroken one would have.
-            generator = torch.Generator(device).manual_seed((settings.seed * 1_000_003 + step) * 64 + part)
-            torch.manual_seed((settings.seed * 1_000_003 + step) * 64 + part)                # for dropout
-            with autocast(model):
-                parts = lesson.loss(N, generator)
-            (parts["loss"] / settings.accumulate).backward()
+        try:
+            parts = gradients(lesson, settings, step, N, range(rank, settings.accumulate, together))
+        except Exception as error:      # a compiler can fail in any way, and only when a step is taken
+            if not stacks or isinstance(error, (InputError, torch.OutOfMemoryError)):
+                raise
+            for stack in stacks:
+                del stack.run_layers
+            tqdm.write(f"--compile doesn't work here ({type(error).__name__}: {str(error).splitlines()[:1]}): going on without.", file=sys.stderr)
+            stacks = optimizer.zero_grad(set_to_none=True)
+            parts = gradients(lesson, settings, step, N, range(rank, settings.accumulate, together))
         if together > 1:
             add_up(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
@@ -406,7 +421,7 @@ def main(arguments=None):
         found = f", right episode first {share(r['first'])}, refused {share(r['refused'])} of the unanswerable and {share(r['refused_wrongly'])} of " \
                 "the answerable" if "first" in r else ""
         print(f"{N:4d} facts: exact match {share(r['recall'])} (the base alone {share(r.get('base_alone'))}){found}")
-    if result:                                                             # not in the other processes of torchrun
+    if (Path(settings.out) / "log.jsonl").is_file() and result:            # not in the other processes of torchrun, nor where nothing trains
         from extras.curves import draw
         draw(settings.out)
 

@@ -387,6 +387,18 @@ def test_names_are_told_apart(name):
     assert not {f.name for f in fields(variants.find(name).Config)} & {f.name for f in fields(train.TrainConfig)}
 
 
+@pytest.mark.parametrize("options", [["none", "--bundles", "20"], ["lora", "--known", "2"], ["prefix", "--bundles", "20", "--gist-after", "1"]])
+def test_there_may_be_nothing_to_compile_and_nothing_to_draw(base, tmp_path, monkeypatch, capsys, options):
+    """Catches a design whose lesson has no stacks, which --compile trips over, and a run without a log, of which no curves can be drawn."""
+    measured = PoolLesson.evaluate
+    monkeypatch.setattr(PoolLesson, "evaluate", lambda self, silent=False, **kind: measured(self, silent, sizes=(4,), questions=8))
+    train.main(["--variant", *options, "--model", str(base), "--device", "cpu", "--compile", "--steps", "1", "--batch", "8", "--facts", "8", "--tokens", "40",
+                "--out", str(tmp_path / "out")])
+    out, err = capsys.readouterr()
+    assert "facts: exact match" in out and "error" not in err and (tmp_path / "out" / "memory.json").is_file()
+    assert (tmp_path / "out" / "log.jsonl").is_file() == (options[0] != "none")
+
+
 def test_patience(trained, base, tmp_path, monkeypatch):
     """Catches a run that goes on after it stopped getting better, or ends at the first evaluation."""
     recalls = iter([0.1, 0.2, 0.2, 0.1, 0.0, 0.9])
