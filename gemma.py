@@ -749,7 +749,7 @@ def check_device(device):
     """torch.device(device). Raises InputError if this machine does not have it."""
     try:
         device = torch.device(device)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()                               # "meta" holds nothing
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(f"expected a device of this machine, got {str(device)!r}, which PyTorch can't use here; "
                          "leave it out or say cpu.") from None

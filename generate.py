@@ -213,6 +213,8 @@ def main(arguments=None):
         import torch
         import variants
         model = variants.load(args.model, args.base, dtype=args.dtype and getattr(torch, args.dtype), device=args.device)
+        if args.explain is not None and model.variant != "graph":
+            raise InputError(f"expected a graph memory for --explain, got the variant {model.variant}; --why says which facts it drew on.")
         if args.session is not None:
             if model.variant != "graph":
                 raise InputError(f"expected a graph memory for --session, got the variant {model.variant}; give its facts with --memory.")

@@ -33,7 +33,7 @@ from torch import distributed
 from tqdm import tqdm
 
 import variants
-from extras.checkpoint import load_checkpoint, save_checkpoint
+from extras.checkpoint import check_init, clear_halves, load_checkpoint, save_checkpoint
 from extras.pool import TEXT, Pool, answer_tokens, autocast, groups, judged, pools as draw_pools, summary, wanted  # noqa: F401
 from extras.settings import read_settings
 from gemma import InputError, Places, check_device, replacing
@@ -80,9 +80,12 @@ class TrainConfig:
         """Raise InputError for settings that can't be trained with."""
         variants.check_name(self.variant)
         for name, least in dict(steps=1, batch=8, accumulate=1, bundles=1, facts=8, first_facts=1, eval_every=1, tokens=16, workers=0, warmup=0, patience=0, minutes=0,
-                                lr=0, weight_decay=0, clip=0, retrieval=0, copying=0, unknown=0, text=0, hard=0).items():
+                                lr=0, weight_decay=0, clip=0, retrieval=0, copying=0, unknown=0, text=0).items():
             if not getattr(self, name) >= least:
                 raise InputError(f"expected --{name.replace('_', '-')} of at least {least}, got {getattr(self, name)}.")
+        for name, most in dict(hard=1000, lr=1000, seed=10 ** 10, tokens=4096).items():
+            if not (0.001 if name == "hard" else -most) <= getattr(self, name) <= most:
+                raise InputError(f"expected --{name} of at most {most}{' and at least 0.001' * (name == 'hard')}, got {getattr(self, name)}.")
         if self.accumulate % processes():
             raise InputError(f"expected --accumulate to be a multiple of the {processes()} processes, which share these batches out, got {self.accumulate}.")
         if self.deterministic and self.minutes:
@@ -295,17 +298,24 @@ def train(settings, memory_config=None, model=None, pools=None):
         model = Model(model.gemma, model.tokenizer, memory_config, model.base_name)
     folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".*.tmp") if first else ():                    # half a file that a killed run was writing
-        left.unlink()
+    if first:
+        clear_halves(folder)
+    if settings.init:
+        check_init(settings.init, model)
     started = time.time()
     lesson = (GraphLesson if Model is GemmaWithMemory else Model.Lesson)(model, settings, pools, first)
     if settings.init:
         model.load_memory(settings.init)
     parameters = model.trainable_parameters()
     if not parameters:                                                     # --variant none: measured and saved, there is nothing to train
-        last = lesson.evaluate()
+        last = lesson.evaluate() if first else {}
+        for alone in last.values():
+            alone["base_alone"] = alone["recall"]
         model.trained = dict(asdict(settings), held_out=last)
-        model.save_pretrained(folder)
+        if first:
+            model.save_pretrained(folder)
+        if together > 1:
+            distributed.destroy_process_group()
         return model, last
     optimizer = torch.optim.AdamW([dict(params=some, factor=factor, weight_decay=decay) for group, factor in model.parameter_groups() for some, decay in
                                    (([p for p in group if p.ndim > 1], settings.weight_decay), ([p for p in group if p.ndim <= 1], 0.0)) if some],
@@ -376,6 +386,8 @@ def train(settings, memory_config=None, model=None, pools=None):
                     for N, alone in lesson.evaluate(silent=True, questions=128).items():
                         last[N]["base_alone"] = alone["recall"]
                 if best is None or score >= best:
+                    if not all(bool(p.isfinite().all()) for p in parameters):
+                        raise InputError(f"step {step + 1}: the weights are no longer finite; what {folder} holds from before is good: train with a lower --lr.")
                     best = score
                     model.trained = dict({k: v for k, v in asdict(settings).items() if k not in ("out", "init", "device", "resume", "workers")},
                                          init=Path(settings.init).name,

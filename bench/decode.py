@@ -158,7 +158,7 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=5, help="runs of each, in turn (default 5)")
     parser.add_argument("--no-compile", action="store_true", help="only what is not compiled")
     parser.add_argument("--no-peer", action="store_true", help="without transformers")
-    parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="toy sizes whatever else is said, to see that it works")
     parser.add_argument("--out", help="file for the result, JSON")
     given = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(given)

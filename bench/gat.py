@@ -72,7 +72,7 @@ def main(arguments=None):
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--rounds", type=int, default=7, help="runs of each, in turn (default 7)")
     parser.add_argument("--repeat", type=int, default=20, help="passes in a run of a small graph (default 20)")
-    parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="toy sizes whatever else is said, to see that it works")
     parser.add_argument("--out", help="file for the result, JSON")
     given = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(given)

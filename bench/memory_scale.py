@@ -112,7 +112,7 @@ def main(arguments=None):
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on the CPU, else bfloat16")
     parser.add_argument("--compile", action="store_true", help="compile decoding")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each, in turn (default 5)")
-    parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="toy sizes whatever else is said, to see that it works")
     parser.add_argument("--out", help="file for the result, JSON")
     given = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(given)

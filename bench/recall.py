@@ -656,11 +656,12 @@ class Bench:
 
     def best_search(self, cell, row):
         """Which of the two plain searches finds more; both are noted in the row."""
-        for how in ("embedding", "hidden"):
+        hows = ("embedding", "hidden") if self.model.variant == "graph" else ("embedding",)    # the layer of `hidden` is the graph's
+        for how in hows:
             hits = [[q["support"][0] in best[:k] for k in (1, FOUND)] for facts, asked in cell
                     for q, best in zip(asked, search(self.model, facts, [q["question"] for q in asked], how))]
             row[f"found_by_{how}"] = dict(first=share(sum(h[0] for h in hits), len(hits)), five=share(sum(h[1] for h in hits), len(hits)))
-        return max(("embedding", "hidden"), key=lambda how: row[f"found_by_{how}"]["five"]["share"])
+        return max(hows, key=lambda how: row[f"found_by_{how}"]["five"]["share"])
 
     def run(self):
         """Everything that --only asks for. Returns the result, which can be written as JSON."""
@@ -748,20 +749,20 @@ def report(result):
         blocks += ["Embedding search: right fact first / in the first five, %", table(
             ["mean of", *(f"{N:,} facts" for N in sizes)],
             [[how] + [f"{percent(r[f'found_by_{how}']['first'])} / {percent(r[f'found_by_{how}']['five'])}" for r in found]
-             for how in ("embedding", "hidden")])]
+             for how in ("embedding", "hidden") if all(f"found_by_{how}" in r for r in found)])]
     return "\n\n".join(blocks)
 
 
 def plot(result, path):
     """recall.png: recall against number of facts, one line a method, and one a kind. False if there is nothing to draw with."""
     kinds = {}
-    for r in result.get("recall", []):
+    for r in (r for r in result.get("recall", []) if r["recall"]["n"]):
         kinds.setdefault("trained phrasings" if r["phrasings"] == "train" else r["kind"], []).append((r["facts"], r["recall"]))
     methods = {}
     for r in result.get("controls", []):
-        if r["recall"]:
+        if r["recall"] and r["recall"]["n"]:
             methods.setdefault(r["method"], []).append((r["facts"], r["recall"]))
-    methods = methods or {MEMORY: kinds.get("lookup", [])}
+    methods = methods or {MEMORY: kinds["lookup"]} if "lookup" in kinds else methods
     panels = [(title, lines) for title, lines in (("lookup, by method", methods), ("memory, by kind of question", kinds)) if any(lines.values())]
     pyplot = plotting() if panels else None
     if pyplot is None:

@@ -23,9 +23,12 @@ from pathlib import Path
 import torch
 
 import generate
+import variants
 from bench.common import ROOT, Parser, commit, hardware, out_folder, run, write_json
 from extras.episode_cache import Known, load, model_key, remember
+from extras.memory_model import SHIPPED
 from extras.session import Chat, Session
+from gemma import InputError, read_json
 from memory import GemmaWithMemory
 
 
@@ -260,6 +263,10 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for sessions.json (default out/sessions-WHAT-MODEL)")
     args = parser.parse_args(arguments)
+    if args.facts < 1:
+        raise InputError(f"expected --facts of at least 1, got {args.facts}.")
+    if variants.find(read_json(Path(SHIPPED.get(args.model, args.model)) / "memory.json").get("variant", "graph")).variant != "graph":
+        raise InputError(f"expected a graph memory, which alone has sessions, got {args.model}; name another as --model.")
     out, start = out_folder(args.out, f"sessions-{args.what}", args.model), time.time()
     try:
         if args.what in ("large", "evening"):

@@ -158,7 +158,7 @@ def main(arguments=None):
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="don't compile; on a CPU nothing is compiled anyway")
     parser.add_argument("--no-peer", action="store_true", help="ours alone")
     parser.add_argument("--against", metavar="FILE", help="a result of one process, to compare several with")
-    parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="toy sizes whatever else is said, to see that it works")
     parser.add_argument("--out", help="file for the result, JSON")
     given = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(given)
@@ -169,6 +169,9 @@ def main(arguments=None):
     args.batch, args.compile = args.batch or (512 if cuda else 64), args.compile and cuda
     if min(args.batch, args.facts) < 8 or min(args.peer_batch, args.bundles, args.rounds) < 1:
         raise InputError("expected --batch and --facts of at least 8, --peer-batch, --bundles and --rounds of at least 1.")
+    against = read_json(args.against).get("ours") if args.against else None
+    if args.against and not isinstance(against, (int, float)):
+        raise InputError(f"{args.against}: expected a result of bench.train_step, with an entry 'ours'; name another.")
     rank, together = int(os.environ.get("RANK", 0)), train.processes()
     if together > 1:
         distributed.init_process_group("nccl" if cuda else "gloo")
@@ -199,7 +202,7 @@ def main(arguments=None):
     elif "theirs" in runs:
         result.update(theirs=args.peer_batch / runs["theirs"]["seconds"], theirs_seconds=runs["theirs"]["seconds"])
     if args.against:
-        result["against"] = read_json(args.against)["ours"]
+        result["against"] = against
     if together > 1:
         distributed.destroy_process_group()
     if rank == 0:

@@ -135,7 +135,7 @@ def report(work, exercise, before, result, part=1.0):
 
 def show(work, exercise):
     print(line(work, exercise))
-    print(f"edit {here(work.path(exercise))}, then: python -m exercises check {exercise.number}")
+    print(f"edit {here(work.path(exercise))}, then: python -m exercises check {exercise.number}{'' if work.folder == WORK else f' --work {here(work.folder)}'}")
 
 
 def hint(work, exercise):

@@ -2,12 +2,42 @@
 
 import hashlib
 import json
+import re
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gemma import InputError, replacing
+from gemma import InputError, read_json, replacing
+
+
+FREE = {"dropout", "null_threshold", "candidates", "readable", "chat"}     # settings that no weight depends on
+
+
+def check_same(saved, model, what):
+    """Raise InputError where `saved`, the settings of a memory as a dict, are others than the model's."""
+    now = asdict(model.config)
+    for name in saved.keys() & now.keys() - FREE:
+        if saved[name] != now[name]:
+            raise InputError(f"expected {what} with the settings it was made with, --{name.replace('_', '-')} {saved[name]}, got {now[name]}; say the same.")
+
+
+def check_init(folder, model):
+    """Raise InputError unless a folder holds a memory of the model's design; the graph's settings are to be the same too."""
+    saved = read_json(Path(folder) / "memory.json")
+    if saved.get("variant", "graph") != model.variant:
+        raise InputError(f"expected a memory of the variant {model.variant} as --init, got {folder} of the variant {str(saved['variant'])[:40]}; name another.")
+    if model.variant == "graph" and isinstance(saved.get("memory"), dict):
+        check_same(saved["memory"], model, f"--init {folder}")
+
+
+def clear_halves(folder):
+    """Remove what a killed run was still writing: files of the names that `replacing` gives, and no others."""
+    for file in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\.(checkpoint\.safetensors|memory\.(json|safetensors\.new)|log\.jsonl|curves\.png)\.\d+\.tmp", file.name) and file.is_file():
+            file.unlink()
 
 
 def save_checkpoint(folder, model, optimizer, progress):
@@ -15,7 +45,7 @@ def save_checkpoint(folder, model, optimizer, progress):
     tensors = {f"model.{n}": t.detach().cpu().contiguous().clone() for n, t in model.injection.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{i}.{n}": t.detach().cpu().contiguous().clone() for n, t in state.items()})
-    progress = json.dumps(progress)
+    progress = json.dumps(dict(progress, settings=asdict(model.config)))
     with replacing(folder / "checkpoint.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"progress": progress, "sha256": fingerprint(tensors, progress)})
 
@@ -41,10 +71,12 @@ def load_checkpoint(folder, model, optimizer):
     except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: expected a checkpoint of a memory with these settings ({str(error)[:120]!r}); "
                          "resume with the settings it was made with, or train anew.") from None
+    progress = json.loads(meta["progress"])
+    check_same(progress.get("settings", {}), model, "--resume")
     state = optimizer.state_dict()
     for name, tensor in every.items():
         if name.startswith("optimizer."):
             _, i, key = name.split(".")
             state["state"].setdefault(int(i), {})[key] = tensor
     optimizer.load_state_dict(state)
-    return json.loads(meta["progress"])
+    return progress

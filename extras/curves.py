@@ -36,10 +36,10 @@ def draw(folder, path=None):
             losses.plot(steps, [sum(x) if isinstance(x := line[name], list) else x for line in lines], label=label)
     measured = [line for line in lines if "held_out" in line]
     marker = "o" if len(measured) < 30 else ""
-    for i, N in enumerate(measured[0]["held_out"] if measured else ()):
+    for i, N in enumerate(dict.fromkeys(N for line in measured for N in line["held_out"])):
         for axis, name, label, style in ((recall, "recall", "all kinds", "-"), (recall, "lookup", "lookups", ":"),
                                          (found, "first", "right episode first", "-"), (found, "refused", "unanswerable refused", ":")):
-            shares = [line["held_out"][N].get(name) for line in measured]                      # not every design has all of them
+            shares = [line["held_out"].get(N, {}).get(name) for line in measured]              # not every design has all of them
             if any(share is not None for share in shares):
                 axis.plot([line["step"] for line in measured], [math.nan if share is None else 100 * share for share in shares],
                           style, color=f"C{i}", marker=marker, label=f"{label}, {N} facts")

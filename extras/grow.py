@@ -62,6 +62,8 @@ def main(arguments=None):
     if not old.config.reading_layers or config.reading_dim < old.config.reading_dim or config.reading_layers < old.config.reading_layers:
         raise InputError(f"expected a memory that has a reader, and at least its {old.config.reading_layers} layers of width {old.config.reading_dim}, "
                          f"got {config.reading_layers} of {config.reading_dim}.")
+    if not 0 <= args.seed < 2 ** 63:
+        raise InputError(f"expected --seed from 0 to 2**63 - 1, got {args.seed}.")
     torch.manual_seed(args.seed)
     new = GemmaWithMemory(old.gemma, old.tokenizer, config, old.base_name)
     grow(old.injection.state_dict(), new.injection.state_dict())

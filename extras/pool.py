@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data_gen import KINDS, World, open_vocabulary
 from extras.memory_model import question_prompt
-from gemma import BOS, PAD, Places, Tokenizer
+from gemma import BOS, PAD, InputError, Places, Tokenizer
 from memory import TokenStore, node_features
 
 TEXT = len(KINDS)                       # the kind of a sequence that is ordinary text
@@ -103,6 +103,8 @@ class Pool:
                 for _, answer, support, _ in asked:
                     answers[tuple(support[-1:])].add(tuple(answer))
                 weights += [hard if kind in HARD or len(answers[tuple(support[-1:])]) > 1 else 1.0 for *_, support, kind in asked]
+        if not self.bundles:
+            raise InputError(f"expected sentences and questions of at most --tokens {tokens} tokens, but none of {P} bundles fit; give more --tokens, or more --bundles.")
         self.asked = len(sequences)
         sequences += [(ids, [], [], TEXT) for ids in ordinary_text(model, texts, tokens, seed)]
         P, F_ = len(self.bundles), max(len(b[0]) for b in self.bundles)
@@ -214,8 +216,10 @@ class Pool:
             outside = outside | is_text
         support = self.support[sequence]                                                       # (G, S, 2) slots
         known = (support >= 0) & ~outside[..., None]
-        rows = place.gather(1, (slot[..., None] * F_ + support.clamp(min=0)).flatten(1)).view(G, S, 2).clamp(max=valid.shape[1] - 1)
-        known &= valid.gather(1, rows.flatten(1)).view(G, S, 2)
+        rows = place.gather(1, (slot[..., None] * F_ + support.clamp(min=0)).flatten(1)).view(G, S, 2)
+        told, rows = rows < valid.shape[1], rows.clamp(max=valid.shape[1] - 1)                 # the smallest memories cut a bundle short
+        told &= valid.gather(1, rows.flatten(1)).view(G, S, 2)
+        known &= (told | (support < 0)).all(-1, keepdim=True)                                  # half of what an answer needs is no answer
         return dict(episodes=episodes, valid=valid, sequence=sequence.flatten(), kind=self.kind[sequence].flatten(),
                     support=rows.flatten(0, 1), known=known.flatten(0, 1))
 

@@ -26,6 +26,10 @@ def from_file(path, *config_classes):
             raise InputError(f"{path}: expected names of settings of this variant, got {name!r}; python train.py --variant … --help lists them.")
         if not (type(value) is known[name] or (known[name] is float and type(value) is int)):
             raise InputError(f"{path}: expected {name} to be {known[name].__name__}, got {value!r}.")
+        try:
+            values[name] = known[name](value)
+        except OverflowError:
+            raise InputError(f"{path}: expected {name} to be an ordinary number, got one of {len(str(value))} digits.") from None
     return values
 
 

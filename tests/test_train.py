@@ -181,6 +181,54 @@ def test_hard_questions_are_drawn_more_often(shipped):
     assert (drawn[0] / drawn[1] - 1).abs() < 0.2
 
 
+@pytest.mark.parametrize("N", [1, 2, 4, 8])
+def test_the_smallest_memories_know_what_they_hold(pool, N):
+    """Catches an answer that was cut off with the rest of its bundle and is looked for in another sentence, and one half of what two
+    sentences answer that counts as known."""
+    owner = {int(q): b for b, row in enumerate(pool.questions_of) for q in row if q >= 0}
+    known = 0
+    for seed in range(4):
+        batch = draw(pool, 16, 128, N, seed=seed)
+        for r, sequence in enumerate(batch["sequence"].tolist()):
+            for row, is_known, slot in zip(batch["support"][r], batch["known"][r], pool.support[sequence]):
+                if is_known:
+                    assert batch["episodes"][r // 8, row] == pool.facts_of[owner[sequence], slot] and batch["valid"][r // 8, row]
+            known += int(batch["known"][r].any())
+            assert not batch["known"][r].any() or batch["known"][r].sum() == (pool.support[sequence] >= 0).sum()
+    assert known > 40
+
+
+@pytest.mark.parametrize("options, said", [(["--hard", "0"], "--hard"), (["--hard", "inf"], "--hard"), (["--lr", "inf"], "--lr"), (["--lr", "nan"], "--lr"),
+                                           (["--seed", "100000000000000000000"], "--seed"), (["--tokens", "100000"], "--tokens"),
+                                           (["--device", "meta"], "device"), (["--tokens", "16", "--bundles", "3", "--steps", "1"], "none of 3 bundles")])
+def test_settings_that_no_training_survives(tmp_path, options, said):
+    """Catches a traceback in the middle of what could have been refused at the start."""
+    with pytest.raises(InputError, match=said):
+        train.main([*options, "--out", str(tmp_path / "out")])
+
+
+def test_another_design_or_other_settings_are_no_start(run, tmp_path):
+    """Catches weights that fit and mean something else: of another layer, of another design; and a file that gets the blame for it."""
+    config = MemoryConfig(inject_after=7)
+    run(config=config, steps=1, batch=8, facts=8, out=str(tmp_path / "seven"))
+    with pytest.raises(InputError, match="--inject-after 7, got 8"):
+        run(steps=1, batch=8, facts=8, init=str(tmp_path / "seven"), out=str(tmp_path / "eight"))
+    with pytest.raises(InputError, match="--inject-after 7, got 8"):
+        run(steps=2, batch=8, facts=8, resume=True, out=str(tmp_path / "seven"))
+    with pytest.raises(InputError, match="variant prefix as --init"):
+        train.main(["--variant", "prefix", "--init", str(tmp_path / "seven"), "--out", str(tmp_path / "out")])
+
+
+def test_only_halves_of_its_own_files_are_cleared_away(run, tmp_path):
+    """Catches a user's file that is deleted because of its name."""
+    out = tmp_path / "out"
+    (out / ".dir.tmp").mkdir(parents=True)
+    for name in (".notes.tmp", ".memory.json.tmp", ".memory.json.12.tmp", ".checkpoint.safetensors.7.tmp"):
+        (out / name).write_text("mine")
+    run(steps=1, batch=8, facts=8, out=str(out))
+    assert sorted(file.name for file in out.glob(".*")) == [".dir.tmp", ".memory.json.tmp", ".notes.tmp"]
+
+
 def test_unknown_questions_and_text_have_null_as_their_target(pool):
     """Catches a question "about somebody the memory never heard of" whose story it holds after all."""
     of = story(pool)

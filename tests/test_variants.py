@@ -387,6 +387,19 @@ def test_names_are_told_apart(name):
     assert not {f.name for f in fields(variants.find(name).Config)} & {f.name for f in fields(train.TrainConfig)}
 
 
+def test_the_bench_finishes_each(base, tmp_path):
+    """Catches parts of bench.recall that only the graph has: a search among states after its layer; and a plot of what nobody was asked."""
+    variants.find("prefix").from_pretrained(base="tiny", config=CONFIGS["prefix"]).save_pretrained(tmp_path / "prefix")
+    recall.main(["--quick", "--model", str(tmp_path / "prefix"), "--only", "controls", "--sizes", "2", "--questions", "4", "--out", str(tmp_path / "controls")])
+    assert len({r["method"] for r in json.loads((tmp_path / "controls" / "recall.json").read_text())["controls"]}) > 5
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text(json.dumps(dict(facts=["Maria lives in Lisbon."], questions=["Where does Maria live?"], answer="Lisbon")) + "\n")
+    train.main(["--variant", "lora", "--facts-file", str(facts), "--model", str(base), "--device", "cpu", "--steps", "1", "--batch", "8", "--out", str(tmp_path / "lora")])
+    recall.main(["--quick", "--model", str(tmp_path / "lora"), "--only", "recall", "--sizes", "4", "--out", str(tmp_path / "asked")])
+    with pytest.raises(InputError, match="--known|--facts-file"):
+        train.main(["--variant", "lora", "--known", "2", "--model", str(base), "--device", "cpu", "--steps", "2", "--batch", "8", "--resume", "--out", str(tmp_path / "lora")])
+
+
 @pytest.mark.parametrize("options", [["none", "--bundles", "20"], ["lora", "--known", "2"], ["prefix", "--bundles", "20", "--gist-after", "1"]])
 def test_there_may_be_nothing_to_compile_and_nothing_to_draw(base, tmp_path, monkeypatch, capsys, options):
     """Catches a design whose lesson has no stacks, which --compile trips over, and a run without a log, of which no curves can be drawn."""

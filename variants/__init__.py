@@ -64,7 +64,7 @@ NAMES = {"graph": "memory.GemmaWithMemory", "prefix": "variants.prefix.PrefixMem
 
 def check_name(name):
     """Raise InputError unless `name` is that of a design."""
-    if name not in NAMES:
+    if not isinstance(name, str) or name not in NAMES:
         raise InputError(f"expected the variant to be one of {', '.join(NAMES)}, got {str(name)[:40]!r}.")
 
 
