@@ -385,10 +385,10 @@ def train(settings, memory_config=None, model=None, pools=None):
                 if last_step:
                     for N, alone in lesson.evaluate(silent=True, questions=128).items():
                         last[N]["base_alone"] = alone["recall"]
-                if best is None or score >= best:
+                if best is None or score >= best - 0.005:                  # within chance, what has learnt more counts as better
                     if not all(bool(p.isfinite().all()) for p in parameters):
                         raise InputError(f"step {step + 1}: the weights are no longer finite; what {folder} holds from before is good: train with a lower --lr.")
-                    best = score
+                    best = score if best is None else max(best, score)
                     model.trained = dict({k: v for k, v in asdict(settings).items() if k not in ("out", "init", "device", "resume", "workers")},
                                          init=Path(settings.init).name,
                                          step=step + 1, held_out=last)

@@ -72,7 +72,7 @@ def load_checkpoint(folder, model, optimizer):
         raise InputError(f"{file}: expected a checkpoint of a memory with these settings ({str(error)[:120]!r}); "
                          "resume with the settings it was made with, or train anew.") from None
     progress = json.loads(meta["progress"])
-    check_same(progress.get("settings", {}), model, "--resume")
+    check_same(progress.pop("settings", {}), model, "--resume")
     state = optimizer.state_dict()
     for name, tensor in every.items():
         if name.startswith("optimizer."):

@@ -337,7 +337,7 @@ def test_ctrl_c_says_how_to_go_on(command, tmp_path, monkeypatch, capsys):
         while not (out / "log.jsonl").is_file():
             assert run.poll() is None, run.stderr.read()
             time.sleep(0.05)
-        (out / ".half.1.tmp").write_text("left by a kill")
+        (out / ".checkpoint.safetensors.1.tmp").write_text("left by a kill")
         run.send_signal(signal.SIGINT)
         said = run.communicate(timeout=600)[1]
     finally:
