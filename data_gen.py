@@ -633,7 +633,7 @@ class World:
             scene = self.pick(self.scenes["person"])
             chunks, questions = self.play(other, [scene], taken, keys)
             asked = [question for question in questions if question.kind == "lookup" and other.name in question.question]
-            if asked:
+            if asked:                           # a name in small letters can't be replaced: another scene
                 break
         stories = [[[link]], chunks]
         by_ways = [Question(question.question.replace(other.name, by_way), question.answer, [link, *question.support], "two_hop", self.trained)

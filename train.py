@@ -83,9 +83,9 @@ class TrainConfig:
                                 lr=0, weight_decay=0, clip=0, retrieval=0, copying=0, unknown=0, text=0).items():
             if not getattr(self, name) >= least:
                 raise InputError(f"expected --{name.replace('_', '-')} of at least {least}, got {getattr(self, name)}.")
-        for name, most in dict(hard=1000, lr=1000, seed=10 ** 10, tokens=4096).items():
-            if not (0.001 if name == "hard" else -most) <= getattr(self, name) <= most:
-                raise InputError(f"expected --{name} of at most {most}{' and at least 0.001' * (name == 'hard')}, got {getattr(self, name)}.")
+        for name, least, most in (("hard", 0.001, 1000), ("lr", 0, 1000), ("tokens", 16, 4096), ("seed", -10 ** 10, 10 ** 10)):
+            if not least <= getattr(self, name) <= most:
+                raise InputError(f"expected --{name} from {least} to {most}, got {getattr(self, name)}.")
         if self.accumulate % processes():
             raise InputError(f"expected --accumulate to be a multiple of the {processes()} processes, which share these batches out, got {self.accumulate}.")
         if self.deterministic and self.minutes:
@@ -354,8 +354,9 @@ def train(settings, memory_config=None, model=None, pools=None):
                 raise
             for stack in stacks:
                 del stack.run_layers
-            tqdm.write(f"--compile doesn't work here ({type(error).__name__}: {str(error).splitlines()[:1]}): going on without.", file=sys.stderr)
-            stacks = optimizer.zero_grad(set_to_none=True)
+            stacks, reason = None, f"{type(error).__name__}: {error}".splitlines()[0]
+            tqdm.write(f"--compile doesn't work here ({reason}): going on without.", file=sys.stderr)
+            optimizer.zero_grad(set_to_none=True)                          # of batches of this step that came through
             parts = gradients(lesson, settings, step, N, range(rank, settings.accumulate, together))
         if together > 1:
             add_up(parameters)
@@ -377,6 +378,8 @@ def train(settings, memory_config=None, model=None, pools=None):
             values = dict(step=step + 1, facts=N, **{name: told(part.tolist()) for name, part in parts.items()}, seconds=round(time.time() - ready, 1),
                           examples_per_second=round(seen / (time.time() - ready)))
             if measure:
+                if not all(bool(p.isfinite().all()) for p in parameters):  # before anything is saved
+                    raise InputError(f"step {step + 1}: the weights are no longer finite; what {folder} holds from before is good: train with a lower --lr.")
                 last = lesson.evaluate(questions=2048 if device.type == "cuda" else 512)
                 values["held_out"] = last
                 score = sum(r["recall"] or 0.0 for r in last.values())
@@ -386,8 +389,6 @@ def train(settings, memory_config=None, model=None, pools=None):
                     for N, alone in lesson.evaluate(silent=True, questions=128).items():
                         last[N]["base_alone"] = alone["recall"]
                 if best is None or score >= best - 0.005:                  # within chance, what has learnt more counts as better
-                    if not all(bool(p.isfinite().all()) for p in parameters):
-                        raise InputError(f"step {step + 1}: the weights are no longer finite; what {folder} holds from before is good: train with a lower --lr.")
                     best = score if best is None else max(best, score)
                     model.trained = dict({k: v for k, v in asdict(settings).items() if k not in ("out", "init", "device", "resume", "workers")},
                                          init=Path(settings.init).name,

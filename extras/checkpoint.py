@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from gemma import InputError, read_json, replacing
 
-
 FREE = {"dropout", "null_threshold", "candidates", "readable", "chat"}     # settings that no weight depends on
 
 
@@ -67,12 +66,14 @@ def load_checkpoint(folder, model, optimizer):
             meta = tensors.metadata()
         if fingerprint(every, meta["progress"]) != meta["sha256"]:
             raise ValueError("it is not what was saved")
+        progress = json.loads(meta["progress"])
+        check_same(progress.pop("settings", {}), model, "--resume")
         model.injection.load_state_dict({n[6:]: t for n, t in every.items() if n.startswith("model.")})
+    except InputError:
+        raise
     except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: expected a checkpoint of a memory with these settings ({str(error)[:120]!r}); "
                          "resume with the settings it was made with, or train anew.") from None
-    progress = json.loads(meta["progress"])
-    check_same(progress.pop("settings", {}), model, "--resume")
     state = optimizer.state_dict()
     for name, tensor in every.items():
         if name.startswith("optimizer."):

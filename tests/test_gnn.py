@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from gnn import EDGE_FEATURES, NEXT, PREVIOUS, EpisodicMemoryGNN, GATLayer, ReadingAttention, SentenceAttention, SimilarityEdges, by_length, distances, softmax_by_target, time_edges
+from gnn import EDGE_FEATURES, NEXT, Move, PREVIOUS, EpisodicMemoryGNN, GATLayer, ReadingAttention, SentenceAttention, SimilarityEdges, by_length, distances, softmax_by_target, time_edges
 
 N, E, D, C, H, EDGE_DIM = 12, 40, 7, 5, 3, 4
 
@@ -482,6 +482,21 @@ def test_reading_attention_is_sentence_attention_on_both():
                     far, one = distances(place[counts], 3), torch.ones(1, h.shape[1], dtype=torch.bool)
                     h = layer(h, one, one[..., None] & one[:, None], far)
                 torch.testing.assert_close(out[i, e, real[i, e]], F.rms_norm(h, (8,))[0, -int(real[i, e].sum()):], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_moved_and_their_gradients_back():
+    """Catches a gradient that goes to another row, rows that are told of by the wrong index, and places without a row that aren't zero."""
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    come, go = torch.tensor([4, 5, 0, 2, 5, 1]), torch.tensor([2, 5, 3, 6, 0])                 # row 3 stands nowhere, places 1 and 4 are empty
+    torch.testing.assert_close(Move.apply(x, come, go), torch.stack([x[4], 0 * x[0], x[0], x[2], 0 * x[0], x[1]]))
+    assert torch.autograd.gradcheck(lambda x: Move.apply(x, come, go), x)
+    torch.manual_seed(3)
+    attention, lengths = random_sentence_attention(), torch.randint(1, 20, (60,))
+    x = torch.randn(int(lengths.sum()), 6, requires_grad=True)
+    w = torch.randn(len(x), 8)
+    together, = torch.autograd.grad((attention(x, lengths) * w).sum(), x)
+    alone, = torch.autograd.grad(sum((attention(part, n[None]) * v).sum() for part, n, v in zip(x.split(lengths.tolist()), lengths, w.split(lengths.tolist()))), x)
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()

@@ -219,6 +219,31 @@ def test_another_design_or_other_settings_are_no_start(run, tmp_path):
         train.main(["--variant", "prefix", "--init", str(tmp_path / "seven"), "--out", str(tmp_path / "out")])
 
 
+@pytest.mark.parametrize("recalls, kept", [([0.5, 0.498, 0.3], 2), ([0.5, 0.49, 0.489], 1), ([0.5, 0.498, 0.496], 3), ([0.5, 0.497, 0.494], 2), ([0.1, 0.2, 0.3], 3)])
+def test_the_best_is_kept_and_of_equals_the_last(run, tmp_path, monkeypatch, recalls, kept):
+    """Catches the first of several that chance alone tells apart, one that is worse, and a best that drifts down step by step."""
+    told = iter(recalls)
+    monkeypatch.setattr(train.GraphLesson, "evaluate", lambda self, silent=False, **options: {16: dict(recall=0.0 if silent else next(told))})
+    run(steps=3, eval_every=1, batch=8, facts=8, out=str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "memory.json").read_text())["trained"]["step"] == kept
+
+
+def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
+    """Catches a good memory and a good checkpoint that are replaced by some that can't be opened."""
+    out = tmp_path / "out"
+    run(steps=1, batch=8, facts=8, out=str(out))
+    before = {name: (out / name).read_bytes() for name in ("memory.safetensors", "memory.json", "checkpoint.safetensors")}
+
+    def spoil(self, *inputs, **options):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.fill_(math.inf)
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    with pytest.raises(InputError, match="weights are no longer finite"):
+        run(steps=2, batch=8, facts=8, resume=True, out=str(out))
+    assert {name: (out / name).read_bytes() for name in before} == before
+
+
 def test_only_halves_of_its_own_files_are_cleared_away(run, tmp_path):
     """Catches a user's file that is deleted because of its name."""
     out = tmp_path / "out"
