@@ -268,6 +268,12 @@ class Injection:
     Layers count from 1: `after_layer(8, h)` gets the residual stream after `layers[7]`. h is (B, T, D) throughout.
     """
 
+    reading = None                       # what the last prompt found, for whoever wants to know it later
+
+    def source(self):
+        """What a prompt is answered from: an object that is another after every change. Only where there is one can a
+        Decoder record the pass over a prompt."""
+
     def begin(self, input_ids, attention_mask, question_mask, cache):
         """Runs first in every forward pass. Lasting state of one request belongs in `cache.memory`, a dict, best of tensors."""
 
@@ -295,7 +301,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         # In float32 whatever the weights' dtype, and times (1 + weight): a weight of zero is the plain norm.
         y = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
-        return torch.addcmul(y, y, self.weight.float()).to(x.dtype)
+        return torch.addcmul(y, y, self.weight).to(x.dtype)
 
 
 def rotate(x, cos, sin):
@@ -543,7 +549,7 @@ class Gemma(nn.Module):
         """A Decoder for B rows of up to `length` tokens; a compiled one is used again and again, so it is made a little longer."""
         if not compile or not self.compiles:
             return Decoder(self, B, length, injection)
-        length = -(-length // 128) * 128
+        length = -(-(length + ALIKE - 1) // 128) * 128
         while len(self.decoders) > 3:                      # each has a KV cache
             self.decoders.pop(next(iter(self.decoders)))
         return self.decoders.pop((B, length, injection), None) or Decoder(self, B, length, injection, compile=True)
@@ -589,11 +595,15 @@ class Gemma(nn.Module):
 
 # -------------------------------------------------------------------------------------------------------- decoding
 
+ALIKE = 16                               # prompts that a recorded pass serves differ by less than so many tokens
+SHORT = 256                              # and have at most so many: longer ones keep a GPU busy without being recorded
+
+
 class Decoder:
     """The passes of one request on a KVCache: `prefill` reads the prompt, then each `step` one token of every row.
 
-    With `compile`, layers are compiled for the prefill and the step as a whole, and on a GPU the step becomes a CUDA graph:
-    its kernels run again and again on the same addresses, without Python. So token, cache and what an injection keeps in
+    With `compile`, layers are compiled for the prefill and the step as a whole, and on a GPU both become CUDA graphs:
+    their kernels run again and again on the same addresses, without Python. So token, cache and what an injection keeps in
     `cache.memory` have fixed places, steps read nothing else that changes, and a Decoder serves any request of its shape.
     """
 
@@ -602,6 +612,7 @@ class Decoder:
         self.cache = KVCache(model.config, B, length, model.dtype, model.device)
         self.token = torch.zeros(B, 1, dtype=torch.long, device=model.device)
         self.graph = self.logits = None
+        self.prompts, self.source = {}, None               # by length: None after the first of it, then what record_prompt returns
         self.layer, self.whole = DecoderLayer.__call__, Gemma.__call__
         if compile:
             self.tried(self.compile_passes)
@@ -610,16 +621,15 @@ class Decoder:
         """Compile layers for prompts of any length, and a whole pass for the one shape that steps have."""
         if self.compile:                                   # not when `tried` calls a second time, to go on without
             # Without the first, products of matrix and vector are slow; without the second, each program of the MLP's last
-            # product works out gelu for itself.
-            tuned = {"coordinate_descent_tuning": True, "realize_opcount_threshold": 18} if self.token.is_cuda else None
+            # product works out gelu for itself; without the third, q, k and v are three kernels.
+            tuned = {"coordinate_descent_tuning": True, "realize_opcount_threshold": 18, "combo_kernels": True} if self.token.is_cuda else None
             self.layer = torch.compile(DecoderLayer.forward, dynamic=True)
             self.whole = torch.compile(Gemma.forward, dynamic=False, options=tuned)
 
     def prefill(self, input_ids, attention_mask, question_mask):
         """Read the prompt, (B, T), from an empty cache. Returns the logits (B, V) of what follows."""
-        self.cache.position.zero_(), self.cache.seen.zero_()
         before, self.cache.memory = self.cache.memory, {}
-        logits = self.tried(lambda: self.model(input_ids, attention_mask, question_mask, self.cache, self.injection, True, self.layer))
+        logits = self.tried(lambda: self.read_prompt(input_ids, attention_mask, question_mask))
         shapes = lambda memory: {name: torch.is_tensor(t) and (t.shape, t.dtype) for name, t in memory.items()}
         if all(shapes(before).values()) and shapes(before) == shapes(self.cache.memory):
             for name, tensor in self.cache.memory.items():
@@ -628,6 +638,51 @@ class Decoder:
         else:
             self.graph = None
         return logits[:, -1]
+
+    def read_prompt(self, input_ids, attention_mask, question_mask):
+        """The pass over a prompt: logits (B, 1, V).
+
+        The hundreds of kernels that read a short prompt take longer to start than to run. So the pass over one is recorded
+        when the second of about its length comes, and good until the memory changes.
+        """
+        def work(*prompt):
+            self.cache.position.zero_(), self.cache.seen.zero_()
+            return self.model(*prompt, self.cache, self.injection, True, self.layer)
+
+        (B, T), source = input_ids.shape, self.model if self.injection is None else self.injection.source()
+        if not (self.compile and input_ids.is_cuda and B == 1 and T <= SHORT and source is not None):
+            return work(input_ids, attention_mask, question_mask)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompt = [F.pad(t, (-T % ALIKE, 0)) for t in (input_ids, attention_mask, question_mask)]
+        if self.source is not source:
+            self.prompts, self.source = {}, source
+        T = prompt[0].shape[1]
+        if T not in self.prompts:                          # the first: what has to be compiled is compiled now
+            self.prompts[T] = None
+            return work(*prompt)
+        if self.prompts[T] is None:
+            self.prompts[T] = self.record_prompt(work, prompt)
+        if not self.prompts[T]:
+            return work(*prompt)
+        inputs, graph, logits, self.cache.memory, reading = self.prompts[T]
+        for recorded, new in zip(inputs, prompt):
+            recorded.copy_(new)
+        graph.replay()
+        if self.injection is not None:
+            self.injection.reading = reading
+        return logits
+
+    def record_prompt(self, work, prompt):
+        """Make a CUDA graph of work(*prompt). Returns its inputs, itself, and what it leaves: logits, memory, reading; () where
+        that can't be done, as with a memory whose keys are too many for the GPU."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                logits = work(*prompt)
+        except Exception:                                  # the same, not recorded, will say what is wrong, if anything is
+            self.cache.memory = {}
+            return ()
+        return prompt, graph, logits, self.cache.memory, getattr(self.injection, "reading", None)
 
     def step(self, token):
         """Read one token of each row, (B,). Returns the logits (B, V) of what follows, which the next step may overwrite."""

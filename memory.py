@@ -144,7 +144,7 @@ class EpisodeGraph:
 
     def clear(self):
         long = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=self.device)
-        self.ids, self.texts, self.room = [], [], Growing()
+        self.ids, self.texts, self.room, self.last = [], [], Growing(), None
         self.tokens = TokenStore(long(0), torch.zeros(0, sum(key_widths(self.config)), dtype=torch.float16, device=self.device), long(0))
         self.nodes = torch.zeros(0, self.width, device=self.device)        # (N, D or 2 D)
         self.keys = torch.zeros(0, self.config.heads, self.config.key_dim, device=self.device)
@@ -165,7 +165,7 @@ class EpisodeGraph:
             ids, keys = self.room.append("ids", ids, store.ids), self.room.append("token keys", keys, store.keys.to(home))
             self.nodes = self.room.append("nodes", self.nodes, nodes)
         self.tokens = TokenStore(ids, keys, torch.cat((self.tokens.lengths, *(store.lengths for store, _ in parts))))
-        self.states, self.keys = None, self.keys[:-1]                      # the last one has got another neighbour
+        self.states, self.last, self.keys = None, None, self.keys[:-1]     # the last one has got another neighbour
         return new_ids
 
     def forget(self, episode_id):
@@ -178,11 +178,14 @@ class EpisodeGraph:
         cut = lambda flat: torch.cat((flat[:start], flat[start + length:]))
         self.tokens = TokenStore(cut(self.tokens.ids), cut(self.tokens.keys), self.tokens.lengths[keep])
         del self.ids[row], self.texts[row]
-        self.nodes, self.states, self.keys = self.nodes[keep], None, self.keys[:0]
+        self.nodes, self.states, self.last, self.keys = self.nodes[keep], None, None, self.keys[:0]
 
     def view(self, injection):
-        """The MemoryView of this one memory (G = 1), with gradients while the injection layer trains."""
+        """The MemoryView of this one memory (G = 1), the same until it changes; with gradients while the injection layer trains."""
         N, training = len(self), injection.training
+        parts = lambda: (self.keys, self.nodes, self.tokens)
+        if self.last and not training and all(a is b for a, b in zip(self.last[0], parts())):
+            return self.last[1]
         valid = torch.ones(1, N, dtype=torch.bool, device=self.device)
         if training:
             self.keys = injection.gnn.keys(self.nodes, *injection.edges(valid))
@@ -192,7 +195,9 @@ class EpisodeGraph:
             self.keys = self.room.append("keys", self.keys, keys)
         if training:
             self.tokens.keys = injection.token_keys(self.tokens.ids, self.states, self.tokens.lengths)
-        return MemoryView(self.keys[None], self.nodes[None], valid, torch.arange(N, device=self.device)[None], self.tokens)
+        view = MemoryView(self.keys[None], self.nodes[None], valid, torch.arange(N, device=self.device)[None], self.tokens)
+        self.last = None if training else (parts(), view)
+        return view
 
 
 def node_width(config, hidden_size):
@@ -465,7 +470,8 @@ class MemoryInjectionLayer(nn.Module, Injection):
         back = torch.arange(1 + LOOKBACK * self.config.time_edges, device=device)
         wanted = (best[..., None] - back).clamp(min=0)                                                     # (R, k, B)
         needed = torch.zeros(G, N, device=device).scatter(1, wanted.view(G, -1), 1.0)
-        several = needed.topk(int(needed.sum(1).max()), dim=1).indices                                     # (G, U)
+        most = min(N, wanted[0].numel()) if len(best) == G else int(needed.sum(1).max())                           # one question has nothing to wait for
+        several = needed.topk(most, dim=1).indices                                                         # (G, U)
         like, said = zip(*(self.likeness(q, view.tokens, view.episodes.gather(1, some)) for some in several.split(256, dim=1)))
         like, said = torch.cat(like, -1), torch.cat(said, -2)                                              # (R, H, W, U), (R, H, U, M)
         slot = torch.zeros_like(view.episodes).scatter(1, several, torch.arange(several.shape[1], device=device).expand_as(several))
@@ -535,6 +541,9 @@ class MemoryInjectionLayer(nn.Module, Injection):
         return h + (delta.float() * size).masked_fill(silent[..., None], 0.0).to(h.dtype)
 
     # -- the socket
+
+    def source(self):
+        return self.view
 
     def begin(self, input_ids, attention_mask, question_mask, cache):
         real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
