@@ -213,6 +213,7 @@ class Tokenizer:
         self.hash = hashlib.sha256("\n".join(spelling).encode()).hexdigest()[:16]
         self.control_ids = {i for i, piece in enumerate(spelling) if i <= END_OF_TURN or piece.startswith("<unused")
                             or piece in ("<start_of_image>", "<end_of_image>", "<image_soft_token>")}
+        self.forbidden = self.control_ids - {UNK}                              # what no text may become
         control = sorted((spelling[i] for i in self.control_ids), key=len, reverse=True)
         self.control_spelling = re.compile("|".join(map(re.escape, control)))
         # The marker that sentencepiece uses for a space, written as bytes: so a text that holds it survives a round trip.
@@ -223,24 +224,44 @@ class Tokenizer:
 
         Raises InputError for what is not Unicode text (a lone surrogate, or no str).
         """
+        return self.encode_all([text], bos)[0]
+
+    def encode_all(self, texts, bos=True):
+        """The same for many texts at once, on several threads: a list of lists."""
+        cut = [self.cut(text) for text in texts]
+        parts = [part for some in cut for part in some if part is not None]
+        if len(parts) < 64:                                # a thread takes longer to start than a sentence to encode
+            encoded = map(self.pieces.encode, parts)
+        else:
+            encoded = iter(self.pieces.encode(parts, num_threads=min(16, torch.get_num_threads())))
+        rows = []
+        for some in cut:
+            ids = []
+            for part in some:
+                ids += self.marker_bytes if part is None else next(encoded)
+            if not self.forbidden.isdisjoint(ids):         # a tokenizer that rewrites text could do it
+                raise InputError(f"expected text, but {self.path} makes a control token of it; restore the original tokenizer.model.")
+            rows.append([BOS, *ids] if bos else ids)
+        return rows
+
+    def cut(self, text):
+        """A text in the parts that sentencepiece may see, None where the marker U+2581 stands between them. Raises as `encode`."""
         if not isinstance(text, str):
             raise InputError(f"expected text as str, got {type(text).__name__}; decode it first.")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise InputError("expected Unicode text, got a lone surrogate; decode the input as UTF-8 first.") from None
-        ids = [BOS] if bos else []
+        parts = []
         for i, part in enumerate(text.split("\u2581")):
-            ids += self.marker_bytes if i else []
+            parts += [None] if i else []
             start = 0
             # Cutting a spelling after its first character leaves no piece that could match it whole.
             for match in self.control_spelling.finditer(part):
-                ids += self.pieces.encode(part[start:match.start() + 1])
+                parts.append(part[start:match.start() + 1])
                 start = match.start() + 1
-            ids += self.pieces.encode(part[start:])
-        if any(i in self.control_ids and i != UNK for i in ids[bool(bos):]):     # a tokenizer that rewrites text could do it
-            raise InputError(f"expected text, but {self.path} makes a control token of it; restore the original tokenizer.model.")
-        return ids
+            parts.append(part[start:])
+        return parts
 
     def decode(self, ids):
         """The text of `ids` (a list of int); control tokens are left out, so decode(encode(s)) == s."""

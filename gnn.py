@@ -102,7 +102,7 @@ class TokenLayer(nn.Module):
         have a distance, far (M, M, 2 * reach + 1), see `distances`; all others are as far apart as can be -> (E, M, dim)."""
         q, k, v = self.qkv(rms_norm(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)       # each (E, H, M, C)
         near = (self.distance @ far.mT).transpose(0, 1)                                                 # (H, M, M)
-        before, after = self.distance[:, [0, -1], None, None].unbind(1)                                 # (H, 1, 1) each
+        before, after = self.distance[:, 0, None, None], self.distance[:, -1, None, None]               # (H, 1, 1) each
         wide = torch.where(torch.ones_like(far[..., 0]).triu().bool(), after, before)                   # (H, M, M)
         # By hand: a bias that differs from graph to graph keeps torch's kernel from saving anything.
         scores = q @ k.mT / q.shape[-1] ** 0.5 + torch.where(same[:, None], near, wide)                 # (E, H, M, M)
@@ -134,6 +134,11 @@ def by_length(lengths, parts, widest):
     ordered, rows = lengths.sort(stable=True)
     longest = torch.stack([part[-1] for part in ordered.chunk(parts)]).tolist()                 # the one word with the GPU
     return [(part, min(n + -n % 8, widest)) for part, n in zip(rows.chunk(parts), longest)]
+
+
+def sent(x, device):
+    """`x`, which may be on the host, on `device`; a GPU is not waited for: out of pinned memory it fetches x when it gets there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.device.type == "cpu" else x.to(device)
 
 
 class Move(torch.autograd.Function):
@@ -193,11 +198,14 @@ class SentenceAttention(TokenAttention):
         self.enter = nn.Linear(in_dim, dim, bias=False)
 
     def forward(self, x, lengths):
-        """x (all, F) features of the tokens of E episodes that lie end to end, lengths (E,) -> (all, dim)."""
+        """x (all, F) features of the tokens of E episodes that lie end to end, lengths (E,) -> (all, dim).
+
+        With lengths on the host no GPU is waited for.
+        """
         starts, graphs = lengths.cumsum(0) - lengths, []
         for rows, width in by_length(lengths, 3, int(lengths.max()) if len(lengths) else 0):
-            place = torch.arange(width, device=x.device)
-            at = (starts[rows, None] + place).masked_fill(place >= lengths[rows, None], len(x))
+            place = torch.arange(width, device=lengths.device)
+            at = sent((starts[rows, None] + place).masked_fill(place >= lengths[rows, None], len(x)), x.device)
             graphs.append((at, torch.zeros_like(at)))
         return self.attend(self.enter(x), graphs)
 

@@ -19,7 +19,9 @@ token · C head width. Where words are compared: W words of a question · U epis
 """
 
 from dataclasses import dataclass, fields
+from itertools import chain
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,9 +29,10 @@ from torch import nn
 from extras.memory_model import MemoryModel, Settings
 from extras.room import Growing, free
 from gemma import BOS, PAD, Injection, InputError, Places
-from gnn import EpisodicMemoryGNN, ReadingAttention, SentenceAttention, SimilarityEdges, rms_norm, time_edges
+from gnn import EpisodicMemoryGNN, ReadingAttention, SentenceAttention, SimilarityEdges, rms_norm, sent, time_edges
 
 PART = 1024                          # facts that are written at a time
+PART_ON_GPU = 4 * PART               # there: with more to choose from, those of a batch are of like length
 BLOCK = 2 ** 16                      # episodes whose keys are worked out at a time
 ON_DEVICE = 2 ** 31                  # bytes of token keys that a GPU holds; more of them live in the host's memory
 
@@ -95,10 +98,11 @@ class TokenStore:
     most of what a memory takes. They are small numbers, so float16 keeps them to a few parts in ten thousand in half the room.
     """
 
-    def __init__(self, ids, keys, lengths):
+    def __init__(self, ids, keys, lengths, longest=None):
+        """longest: of the lengths, if it is known; a GPU would have to be waited for."""
         self.ids, self.keys, self.lengths = ids, keys, lengths
         self.starts = lengths.cumsum(0) - lengths
-        self.longest = int(lengths.max()) if len(lengths) else 0
+        self.longest = longest if longest is not None else int(lengths.max()) if len(lengths) else 0
 
     def places(self, episodes, spare=0):
         """episodes (R, k) -> where their tokens are (R, k, M), and which of them are real (R, k, M); M is the longest's, and `spare` more."""
@@ -114,7 +118,9 @@ class TokenStore:
 
     def joined(self, others):
         """These tokens, then those of other stores."""
-        return TokenStore(*(torch.cat([getattr(store, name) for store in (self, *others)]) for name in ("ids", "keys", "lengths")))
+        stores = (self, *others)
+        ids, keys, lengths = (torch.cat([getattr(store, name) for store in stores]) for name in ("ids", "keys", "lengths"))
+        return TokenStore(ids, keys, lengths, max(store.longest for store in stores))
 
 
 @dataclass
@@ -159,12 +165,7 @@ class EpisodeGraph:
         self.next_id += len(texts)
         self.ids += new_ids
         self.texts += texts
-        ids, keys, tokens = self.tokens.ids, self.tokens.keys, sum(len(store.ids) for store, _ in parts)
-        home = self.device if (len(ids) + tokens) * keys.shape[1] * keys.itemsize <= ON_DEVICE else "cpu"
-        for store, nodes in parts:
-            ids, keys = self.room.append("ids", ids, store.ids), self.room.append("token keys", keys, store.keys.to(home))
-            self.nodes = self.room.append("nodes", self.nodes, nodes)
-        self.tokens = TokenStore(ids, keys, torch.cat((self.tokens.lengths, *(store.lengths for store, _ in parts))))
+        self.nodes = self.room.append("nodes", self.nodes, *(nodes for _, nodes in parts))
         self.states, self.last, self.keys = None, None, self.keys[:-1]     # the last one has got another neighbour
         return new_ids
 
@@ -343,6 +344,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
 
     def token_keys(self, ids, states, lengths):
         """Keys of the tokens of episodes that lie end to end: ids (all,), states (all, D), lengths (episodes,) -> (all, 2 * H * C + reading_dim).
+        With lengths on the host no GPU is waited for.
 
         The key that a token is read by also says what stands before it: "the token after the one I just said" is then one
         lookup, as in an induction head (https://arxiv.org/abs/2209.11895). One token isn't enough: 4471 has two 4s.
@@ -354,7 +356,8 @@ class MemoryInjectionLayer(nn.Module, Injection):
         read = match = torch.zeros(len(ids), self.config.heads * self.config.token_key_dim, device=ids.device)
         meaning = read[:, :0]
         if self.config.read == "token":
-            place = torch.arange(len(ids), device=ids.device) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths, output_size=len(ids))
+            starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths, output_size=len(ids))
+            place = sent(torch.arange(len(ids), device=lengths.device) - starts, ids.device)
             before = [key(x).roll(back, 0).masked_fill((place < back)[:, None], 0.0) for back, key in enumerate(self.token_key_before, 1)]
             read = unit(self.token_key_own(x) + sum(before))
         if self.config.match:
@@ -593,6 +596,25 @@ def pooled(x, mask):
     return (x * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
+def end_to_end(rows):
+    """Lists of token ids as one tensor, on the host: (all,)."""
+    return torch.from_numpy(np.fromiter(chain.from_iterable(rows), np.int64))
+
+
+def parted(facts, most):
+    """Token ids of facts (lists) in parts of up to so many that follow each other; of long ones fewer: room for their tokens, all
+    pairs of which attend, is bounded."""
+    part, longest = [], 0
+    for fact in facts:
+        longest, n = max(longest, len(fact)), len(part) + 1
+        if part and (n > most or n * longest > 2 ** 17 or n * longest ** 2 > 2 ** 24):
+            yield part
+            part, longest = [], len(fact)
+        part.append(fact)
+    if part:
+        yield part
+
+
 # ------------------------------------------------------------------------------------------------ Gemma with memory
 
 class GemmaWithMemory(MemoryModel):
@@ -627,22 +649,23 @@ class GemmaWithMemory(MemoryModel):
         """Token ids of facts (lists, each with <bos>) -> states of their tokens after layer `inject_after`, without <bos>, end
         to end: (all, D). Calls done(how many) after each batch."""
         gemma, device = self.gemma, self.gemma.device
-        lengths = torch.tensor([len(row) for row in facts], device=device)
-        starts = (lengths - 1).cumsum(0) - lengths                         # where a row's <bos> would be, one before its first token
-        states = torch.empty(sum(len(row) - 1 for row in facts), gemma.config.hidden_size, dtype=gemma.dtype, device=device)
+        most, tokens = (1024, 2 ** 15) if device.type == "cuda" else (256, 2 ** 13)                # of a batch
+        # What lies where is worked out on the host: a GPU that is never asked never has to be waited for, and never waits.
+        every, lengths = end_to_end(facts), torch.tensor([len(row) for row in facts])
+        starts, states = lengths.cumsum(0) - lengths, torch.empty(len(every) - len(facts), gemma.config.hidden_size, dtype=gemma.dtype, device=device)
         # Sentences of like length together: less padding. Long ones in smaller batches: bounded memory.
-        order = sorted(range(len(facts)), key=lambda i: len(facts[i]))
-        while order:
-            size = max(1, min(256, 8192 // len(facts[order[:256][-1]])))
-            batch, order = order[:size], order[size:]
-            longest = len(facts[batch[-1]])
-            ids = torch.tensor([facts[i] + [PAD] * (longest - len(facts[i])) for i in batch], device=device)
-            rows, offset = torch.tensor(batch, device=device), torch.arange(longest, device=device)
-            real = offset < lengths[rows, None]
-            h = gemma.run_layers(gemma.embed(ids), Places(gemma.config, *ids.shape, real, None, device), 1, self.config.inject_after)
+        order = lengths.argsort(descending=True, stable=True)
+        while len(order):
+            longest = int(lengths[order[0]])
+            size = max(1, min(most, tokens // longest))
+            rows, order, offset = order[:size, None], order[size:], torch.arange(longest)
+            real, place = offset < lengths[rows], starts[rows] + offset                            # (B, T) each
+            ids = sent(every[place.clamp(max=len(every) - 1)].masked_fill(~real, PAD), device)
             keep = real & (offset > 0)
-            states[(starts[rows, None] + offset)[keep]] = h[keep]
-            done(len(batch))
+            come, go = sent(torch.stack((keep.flatten().nonzero()[:, 0], (place - rows - 1)[keep])), device)     # a <bos> fewer of each row up to this
+            h = gemma.run_layers(gemma.embed(ids), Places(gemma.config, *ids.shape, sent(real, device), None, device), 1, self.config.inject_after)
+            states.index_copy_(0, go, h.flatten(0, 1).index_select(0, come))
+            done(len(rows))
         return states
 
     @torch.no_grad()
@@ -651,16 +674,16 @@ class GemmaWithMemory(MemoryModel):
 
         Their states, far larger, are let go after each part: room for a hundred thousand facts is room for their keys.
         """
-        while facts:
-            size = max(1, min(PART, 2 ** 24 // max(map(len, facts[:PART])) ** 2))      # of long ones fewer: all pairs of tokens attend
-            part, facts = facts[:size], facts[size:]
-            states = self.encode(part, done)
-            ids = torch.tensor([token for row in part for token in row[1:]], dtype=torch.long, device=states.device)
-            lengths = torch.tensor([len(row) - 1 for row in part], device=states.device)
+        device = self.gemma.device
+        for part in parted(facts, PART_ON_GPU if device.type == "cuda" else PART):
+            states, ids = self.encode(part, done), sent(end_to_end([row[1:] for row in part]), device)
+            lengths = torch.tensor([len(row) - 1 for row in part])
+            keys = self.injection.token_keys(ids, states, lengths).half()
+            longest, lengths = int(lengths.max()), sent(lengths, device)
             features = node_features(self.config, states, self.gemma.embed_tokens.weight[ids])
-            owner = torch.arange(len(part), device=states.device).repeat_interleave(lengths)
+            owner = torch.repeat_interleave(lengths, output_size=len(ids))
             total = features.new_zeros(len(part), features.shape[1]).index_add(0, owner, features)
-            yield TokenStore(ids, self.injection.token_keys(ids, states, lengths).half(), lengths), total / lengths[:, None]
+            yield TokenStore(ids, keys, lengths, longest), total / lengths[:, None]
 
     def remember(self, texts, encoded, done):
         self.check_room(sum(map(len, encoded)), len(encoded))

@@ -79,7 +79,8 @@ def remember(model, ids, texts, known, progress=True):
     hashes = [text_hash(text) for text in texts]
     row = {h: i for i, h in enumerate(known.hashes)}
     rows = [row.get(h) for h in hashes]
-    encoded = {i: model.token_ids(texts[i]) for i, r in enumerate(rows) if r is None}
+    new = [i for i, r in enumerate(rows) if r is None]
+    encoded = dict(zip(new, model.all_token_ids([texts[i] for i in new], progress)))
     if not texts:
         model.clear_memory()
         return 0

@@ -63,6 +63,11 @@ def find_base(name):
     return name
 
 
+def facts_bar(doing, count, progress):
+    """A progress bar of so many facts, once it takes more than a moment."""
+    return tqdm(total=count, desc=doing, unit="fact", disable=not progress, file=sys.stderr, leave=False, delay=2)
+
+
 class MemoryModel(nn.Module):
     """A frozen Gemma and what is trained beside it. Every design of a memory shares this: prompts, answers, files.
 
@@ -100,15 +105,28 @@ class MemoryModel(nn.Module):
 
     def token_ids(self, text):
         """The tokens of a fact, with <bos>. Raises InputError for an empty text, one that is no str, or one longer than the context."""
+        return self.checked_ids([text])[0]
+
+    def all_token_ids(self, texts, progress=False):
+        """The same for a list of facts, sooner than one by one: a list of lists."""
+        rows = []
+        with facts_bar("reading", len(texts), progress) as bar:
+            for start in range(0, len(texts), 1024):
+                rows += self.checked_ids(texts[start:start + 1024])
+                bar.update(len(rows) - start)
+        return rows
+
+    def checked_ids(self, texts):
         most = self.gemma.config.max_position_embeddings
-        far_too_long = isinstance(text, str) and len(text) > most * self.tokenizer.longest         # megabytes: not worth encoding
-        ids = [] if far_too_long else self.tokenizer.encode(text)
-        if not text.strip():
-            raise InputError("expected a fact, got an empty text; leave it out.")
-        if far_too_long or len(ids) > most:
-            raise InputError(f"expected a fact of at most {most} tokens, got {f'{len(text)} characters' if far_too_long else len(ids)} "
-                             f"({text[:40]!r}…); split it into sentences.")
-        return ids
+        far_too_long = [isinstance(text, str) and len(text) > most * self.tokenizer.longest for text in texts]     # megabytes: not worth encoding
+        rows = self.tokenizer.encode_all(["" if far else text for text, far in zip(texts, far_too_long)])
+        for text, ids, far in zip(texts, rows, far_too_long):
+            if not text.strip():
+                raise InputError("expected a fact, got an empty text; leave it out.")
+            if far or len(ids) > most:
+                raise InputError(f"expected a fact of at most {most} tokens, got {f'{len(text)} characters' if far else len(ids)} "
+                                 f"({text[:40]!r}…); split it into sentences.")
+        return rows
 
     # -- telling
 
@@ -118,9 +136,9 @@ class MemoryModel(nn.Module):
 
         Raises InputError, with nothing stored, for an empty text, one that is no str, or one longer than the context.
         """
-        texts, shown = [text] if isinstance(text, str) else list(text), dict(unit="fact", disable=not progress, file=sys.stderr, leave=False, delay=2)
-        encoded = [self.token_ids(t) for t in tqdm(texts, desc="reading", **shown)]
-        with tqdm(total=len(texts), desc="remembering", **shown) as bar:
+        texts = [text] if isinstance(text, str) else list(text)
+        encoded = self.all_token_ids(texts, progress)
+        with facts_bar("remembering", len(texts), progress) as bar:
             new = self.remember(texts, encoded, bar.update)
         return new[0] if isinstance(text, str) else new
 

@@ -18,13 +18,19 @@ class Growing:
     def __init__(self):
         self.buffers, self.used = {}, {}
 
-    def append(self, name, old, new):
-        """`old` (N, ...), usually what the last call of this name returned, with `new` (n, ...) behind it, on the device of `new`."""
-        buffer, n = self.buffers.get(name), len(old) + len(new)
-        if buffer is None or buffer.data_ptr() != old.data_ptr() or self.used[name] != len(old) or n > len(buffer) or buffer.device != new.device:
-            buffer = new.new_empty(max(n, 3 * len(old) // 2), *new.shape[1:])
+    def append(self, name, old, *new, device=None):
+        """`old` (N, ...), usually what the last call of this name returned, with all `new` (n, ...) behind it, on `device`, by
+        default that of the first."""
+        if not new:
+            return old
+        device = torch.device(device or new[0].device)
+        buffer, at, n = self.buffers.get(name), len(old), len(old) + sum(map(len, new))
+        if buffer is None or buffer.data_ptr() != old.data_ptr() or self.used[name] != len(old) or n > len(buffer) or buffer.device != device:
+            buffer = new[0].new_empty(max(n, 3 * len(old) // 2), *new[0].shape[1:], device=device)
             buffer[:len(old)] = old
             self.buffers[name] = buffer
-        buffer[len(old):n] = new
+        for part in new:
+            buffer[at:at + len(part)] = part
+            at += len(part)
         self.used[name] = n
         return buffer[:n]

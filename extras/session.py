@@ -22,7 +22,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from filelock import FileLock, Timeout  # comes with huggingface_hub
-from tqdm import tqdm
 
 import generate
 from extras.episode_cache import Known, fill, keep, model_key, remember
@@ -335,8 +334,7 @@ class Chat:
             self.sync()
 
     def add(self, texts, say):
-        reading = tqdm(texts, desc="reading", unit="fact", disable=not self.progress, file=sys.stderr, leave=False, delay=2)
-        lengths = [len(self.model.token_ids(text)) for text in reading]    # what the model can't take is refused, not stored
+        lengths = list(map(len, self.model.all_token_ids(texts, self.progress)))       # what the model can't take is refused, not stored
         self.model.check_room(sum(lengths), len(lengths))
         ids = self.session.tell(texts)
         say(f"remembered as {ids[0]}" + (f" to {ids[-1]}, {len(ids)} facts" if len(ids) > 1 else ""))

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from extras import blocks
 from extras.memory_model import DONT_KNOW
 from gemma import BOS, PAD, Gemma, InputError, KVCache, Tokenizer
-from memory import HUSHED, LOOKBACK, NEAR, WINDOW, WORDS, GemmaWithMemory, MemoryConfig, MemoryView, Question, TokenStore
+from memory import HUSHED, LOOKBACK, NEAR, WINDOW, WORDS, GemmaWithMemory, MemoryConfig, MemoryView, Question, TokenStore, parted
 from toy import FACTS, one_thread, toy_base, toy_model  # noqa: F401 (one_thread is a fixture)
 
 QUESTIONS = ["Where does Maria live?", "What is Tom's locker code?", "Who has the red bike that we saw yesterday?", "Who?"]
@@ -116,6 +117,28 @@ def test_adding_one_by_one_is_adding_at_once(model):
         model.recall(QUESTIONS[0])                                         # keys are cached in between
     model.add_to_memory(FACTS[3:])
     same_memory(model, fresh(model, FACTS))
+
+
+def test_a_thousand_facts_of_all_lengths_at_once(model):
+    """Catches states that go to another text where batches are sorted by length, and parts that end at the wrong fact."""
+    rng = random.Random(0)
+    texts = [f"{rng.choice(FACTS)} {n}" + " and so on" * rng.choice([0, 0, 1, 2, rng.randrange(9)]) for n in range(1000)]
+    texts[500] = "x"
+    texts[501] = "Ana is" + " very" * 20 + " old."
+    one_by_one = fresh(model)
+    for text in texts:
+        one_by_one.add_to_memory(text)
+    model.add_to_memory(texts)
+    same_memory(model, one_by_one)
+
+
+def test_parts_hold_all_facts_in_order():
+    """Catches a fact that is lost or told twice at the edge of a part, and one long fact that makes all parts around it small."""
+    facts = [[2] * n for n in [5] * 3000 + [30_000] + [5] * 3000 + [2000] * 9]
+    parts = list(parted(facts, 1024))
+    assert [fact for part in parts for fact in part] == facts
+    assert all(len(part) == 1 or len(part) * max(map(len, part)) ** 2 <= 2 ** 24 and len(part) <= 1024 for part in parts)
+    assert [len(part) for part in parts] == [1024, 1024, 952, 1, 1024, 1024, 952, 4, 4, 1] and list(parted([], 9)) == []
 
 
 def test_nodes_and_token_keys_by_hand(full):

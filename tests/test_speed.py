@@ -9,9 +9,10 @@ import torch
 
 import memory
 from bench import decode, gat, memory_scale, timing, train_step
+from extras.memory_model import find_base
 from extras.room import Growing
-from gemma import InputError, KVCache
-from memory import GemmaWithMemory
+from gemma import Gemma, GemmaConfig, InputError, KVCache, Tokenizer
+from memory import GemmaWithMemory, MemoryConfig
 from toy import FACTS, one_thread, toy_model  # noqa: F401 (one_thread is a fixture)
 
 QUESTIONS = ["Where does Maria live?", "Who has the red bike that we saw yesterday?", "Who?"]
@@ -38,6 +39,42 @@ def traced(monkeypatch):
     torch._dynamo.utils.counters.clear()
     yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+def test_nothing_that_is_written_waits_for_a_gpu(monkeypatch):
+    """Catches what makes the host wait: a number asked of a tensor on the device, or a shape that depends on one. The meta device
+    has no numbers to give."""
+    monkeypatch.setattr(memory, "working_dtype", lambda device: torch.float32)             # nor an autocast
+    with torch.device("meta"):
+        gemma = Gemma(GemmaConfig.from_dict(timing.SHAPES["toy"]))
+    model = GemmaWithMemory(gemma.eval(), Tokenizer(find_base("tiny")), MemoryConfig(inject_after=2)).eval()
+    facts = memory_scale.facts(100) + ["x", "word " * 100]
+    assert model.gemma.device.type == "meta" and model.add_to_memory(facts) == list(range(len(facts)))
+    model.add_to_memory("One more.")
+    tokens = model.memory_graph.tokens
+    assert tokens.keys.device.type == "meta" and len(model.memory_graph.nodes) == len(tokens.lengths) == len(facts) + 1
+    assert len(tokens.ids) == len(tokens.keys) == sum(len(model.token_ids(fact)) - 1 for fact in [*facts, "One more."]) and tokens.longest > 100
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_a_gpu_writes_is_what_a_cpu_writes(folder):
+    """Catches a wait that only a GPU knows, as for what is copied to it from ordinary memory, and a copy that is read before it has arrived."""
+    gpu, cpu = (GemmaWithMemory.from_pretrained(folder, device=device, dtype=torch.float32) for device in ("cuda", "cpu"))
+    facts = [f"{fact} {n}" + " and more" * (n % 5) for n in range(800) for fact in FACTS]
+    gpu.add_to_memory(facts)                                               # a first time: libraries are loaded, memory is taken
+    gpu.clear_memory()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gpu.add_to_memory(facts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    cpu.add_to_memory(facts)
+    a, b = gpu.memory_graph, cpu.memory_graph
+    assert torch.equal(a.tokens.ids.cpu(), b.tokens.ids) and torch.equal(a.tokens.starts.cpu(), b.tokens.starts) and a.tokens.longest == b.tokens.longest
+    torch.testing.assert_close(a.tokens.keys.cpu().float(), b.tokens.keys.float(), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(a.nodes.cpu(), b.nodes, rtol=1e-3, atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------ compiled
@@ -151,6 +188,8 @@ def test_growing_copies_rarely_and_never_mixes_up():
     other = room.append("x", short, torch.full((1, 2), -1.0))              # as after forgetting: not the newest
     assert whole[100, 0] == 100 and other[100, 0] == -1 and len(other) == 101
     assert torch.equal(room.append("x", torch.ones(3, 2), torch.ones(1, 2)), torch.ones(4, 2))
+    several = room.append("y", torch.zeros(1, 2), torch.ones(2, 2), torch.full((1, 2), 2.0))
+    assert several[:, 0].tolist() == [0, 1, 1, 2] and room.append("y", several) is several
 
 
 @torch.no_grad()

@@ -53,6 +53,18 @@ def test_decode_undoes_encode(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_many_texts_are_encoded_as_each_alone(tokenizer):
+    """Catches parts of a text, or its markers, that end up in a neighbour's ids, and a batch that sentencepiece treats otherwise."""
+    texts = ["", "\u2581", "\u2581\u2581", "a\u2581", "\u2581<eos>\u2581b", "<end_of_turn>", "<<end_of_turn>\n<bos>", "\n", "\n\n\n", " ", " " * 40, "a  b   c ",
+             "\0", "a\0b", "\r\n\t", "👩‍👩‍👧 👍🏽", "e\u0301", "\ufeff", "<unk>", "<0x41>", *(line for line, _ in SNAPSHOT["lines"]), *spellings(tokenizer, 7000)]
+    random.Random(0).shuffle(texts)
+    alone = [tokenizer.encode(text, bos=False) for text in texts]
+    for some in (texts[:1], texts[:20], texts):                            # one after the other, or on threads
+        assert tokenizer.encode_all(some, bos=False) == alone[:len(some)]
+        assert tokenizer.encode_all(some) == [[BOS, *ids] for ids in alone[:len(some)]]
+    assert tokenizer.encode_all([]) == [] and tokenizer.encode_all([""]) == [[BOS]]
+
+
 def spellings(tokenizer, count, seed=0):
     """Texts that spell control tokens: plain, nested, split, repeated, half, and in the middle of a long text."""
     rng = random.Random(seed)
@@ -140,6 +152,8 @@ def test_what_is_no_text_is_refused(tokenizer, bad):
     """Catches a traceback out of sentencepiece (or silently replaced characters) for lone surrogates and non-strings."""
     with pytest.raises(InputError, match="expected"):
         tokenizer.encode(bad)
+    with pytest.raises(InputError, match="expected"):
+        tokenizer.encode_all(["good", bad] + ["good"] * 100)
 
 
 def test_a_missing_or_damaged_file_is_named(tmp_path, small_folder):
