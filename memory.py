@@ -165,6 +165,12 @@ class EpisodeGraph:
         self.next_id += len(texts)
         self.ids += new_ids
         self.texts += texts
+        old, new = self.tokens, [store for store, _ in parts]
+        ids = self.room.append("ids", old.ids, *(store.ids for store in new))
+        home = self.device if len(ids) * old.keys.shape[1] * old.keys.itemsize <= ON_DEVICE else "cpu"
+        keys = self.room.append("token keys", old.keys, *(store.keys for store in new), device=home)
+        lengths, longest = torch.cat([store.lengths for store in (old, *new)]), max(store.longest for store in (old, *new))
+        self.tokens = TokenStore(ids, keys, lengths, longest)
         self.nodes = self.room.append("nodes", self.nodes, *(nodes for _, nodes in parts))
         self.states, self.last, self.keys = None, None, self.keys[:-1]     # the last one has got another neighbour
         return new_ids
