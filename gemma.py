@@ -19,8 +19,7 @@ import hashlib
 import json
 import os
 import re
-import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,7 +29,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PAD, EOS, BOS, UNK, START_OF_TURN, END_OF_TURN = 0, 1, 2, 3, 105, 106
 
@@ -475,7 +473,7 @@ class Gemma(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer_type) for layer_type in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.decoders, self.compiles = {}, True            # compiled Decoders that wait for a request of their shape
+        self.decoders, self.compiles = {}, True            # compiled Decoders that wait for a request of their shape; can there be any?
 
     @property
     def device(self):
@@ -535,7 +533,7 @@ class Gemma(nn.Module):
         """Yield the next token of each row, (B,) int64 on the CPU, until all rows have met a stop token or the limit.
 
         The stop token itself is yielded; after it a row yields padding. Prompts of unequal length are padded on the left.
-        compile: see Decoder. Raises InputError for an empty prompt, padding on the right, or a bad sampling parameter.
+        compile: see extras/compiled.py. Raises InputError for an empty prompt, padding on the right, or a bad sampling parameter.
         """
         check_sampling(temperature, top_k, top_p, max_new_tokens)
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
@@ -563,17 +561,15 @@ class Gemma(nn.Module):
                 if done.all():
                     return
         finally:
-            if decoder.compile:
+            if compile and self.compiles:
                 self.decoders[B, decoder.cache.length, injection] = decoder
 
     def decoder(self, B, length, injection, compile):
-        """A Decoder for B rows of up to `length` tokens; a compiled one is used again and again, so it is made a little longer."""
+        """A Decoder for B rows of up to `length` tokens, with `compile` one of extras/compiled.py."""
         if not compile or not self.compiles:
             return Decoder(self, B, length, injection)
-        length = -(-(length + ALIKE - 1) // 128) * 128
-        while len(self.decoders) > 3:                      # each has a KV cache
-            self.decoders.pop(next(iter(self.decoders)))
-        return self.decoders.pop((B, length, injection), None) or Decoder(self, B, length, injection, compile=True)
+        from extras.compiled import decoder_for
+        return decoder_for(self, B, length, injection)
 
     def generate(self, input_ids, max_new_tokens=32, **options):
         """Prompt and continuation, (B, T + new); options as in `stream`."""
@@ -616,142 +612,23 @@ class Gemma(nn.Module):
 
 # -------------------------------------------------------------------------------------------------------- decoding
 
-ALIKE = 16                               # prompts that a recorded pass serves differ by less than so many tokens
-SHORT = 256                              # and have at most so many: longer ones keep a GPU busy without being recorded
-
-
 class Decoder:
     """The passes of one request on a KVCache: `prefill` reads the prompt, then each `step` one token of every row.
 
-    With `compile`, layers are compiled for the prefill and the step as a whole, and on a GPU both become CUDA graphs:
-    their kernels run again and again on the same addresses, without Python. So token, cache and what an injection keeps in
-    `cache.memory` have fixed places, steps read nothing else that changes, and a Decoder serves any request of its shape.
+    extras/compiled.py has the same, compiled.
     """
 
-    def __init__(self, model, B, length, injection=None, compile=False):
-        self.model, self.injection, self.compile = model, injection, compile
+    def __init__(self, model, B, length, injection=None):
+        self.model, self.injection = model, injection
         self.cache = KVCache(model.config, B, length, model.dtype, model.device)
-        self.token = torch.zeros(B, 1, dtype=torch.long, device=model.device)
-        self.graph = self.logits = None
-        self.prompts, self.source = {}, None               # by length: None after the first of it, then what record_prompt returns
-        self.layer, self.whole = DecoderLayer.__call__, Gemma.__call__
-        if compile:
-            self.tried(self.compile_passes)
-
-    def compile_passes(self):
-        """Compile layers for prompts of any length, and a whole pass for the one shape that steps have."""
-        if self.compile:                                   # not when `tried` calls a second time, to go on without
-            # Without the first, products of matrix and vector are slow; without the second, each program of the MLP's last
-            # product works out gelu for itself; without the third, q, k and v are three kernels.
-            tuned = {"coordinate_descent_tuning": True, "realize_opcount_threshold": 18, "combo_kernels": True} if self.token.is_cuda else None
-            self.layer = torch.compile(DecoderLayer.forward, dynamic=True)
-            self.whole = torch.compile(Gemma.forward, dynamic=False, options=tuned)
 
     def prefill(self, input_ids, attention_mask, question_mask):
         """Read the prompt, (B, T), from an empty cache. Returns the logits (B, V) of what follows."""
-        before, self.cache.memory = self.cache.memory, {}
-        logits = self.tried(lambda: self.read_prompt(input_ids, attention_mask, question_mask))
-        shapes = lambda memory: {name: torch.is_tensor(t) and (t.shape, t.dtype) for name, t in memory.items()}
-        if all(shapes(before).values()) and shapes(before) == shapes(self.cache.memory):
-            for name, tensor in self.cache.memory.items():
-                before[name].copy_(tensor)
-            self.cache.memory = before
-        else:
-            self.graph = None
-        return logits[:, -1]
-
-    def read_prompt(self, input_ids, attention_mask, question_mask):
-        """The pass over a prompt: logits (B, 1, V).
-
-        The hundreds of kernels that read a short prompt take longer to start than to run. So the pass over one is recorded
-        when the second of about its length comes, and good until the memory changes.
-        """
-        def work(*prompt):
-            self.cache.position.zero_(), self.cache.seen.zero_()
-            return self.model(*prompt, self.cache, self.injection, True, self.layer)
-
-        (B, T), source = input_ids.shape, self.model if self.injection is None else self.injection.source()
-        if not (self.compile and input_ids.is_cuda and B == 1 and T <= SHORT and source is not None):
-            return work(input_ids, attention_mask, question_mask)
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        prompt = [F.pad(t, (-T % ALIKE, 0)) for t in (input_ids, attention_mask, question_mask)]
-        if self.source is not source:
-            self.prompts, self.source = {}, source
-        T = prompt[0].shape[1]
-        if T not in self.prompts:                          # the first: what has to be compiled is compiled now
-            self.prompts[T] = None
-            return work(*prompt)
-        if self.prompts[T] is None:
-            self.prompts[T] = self.record_prompt(work, prompt)
-        if not self.prompts[T]:
-            return work(*prompt)
-        inputs, graph, logits, self.cache.memory, reading = self.prompts[T]
-        for recorded, new in zip(inputs, prompt):
-            recorded.copy_(new)
-        graph.replay()
-        if self.injection is not None:
-            self.injection.reading = reading
-        return logits
-
-    def record_prompt(self, work, prompt):
-        """Make a CUDA graph of work(*prompt). Returns its inputs, itself, and what it leaves: logits, memory, reading; () where
-        that can't be done, as with a memory whose keys are too many for the GPU."""
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                logits = work(*prompt)
-        except Exception:                                  # the same, not recorded, will say what is wrong, if anything is
-            self.cache.memory = {}
-            return ()
-        return prompt, graph, logits, self.cache.memory, getattr(self.injection, "reading", None)
+        return self.model(input_ids, attention_mask, question_mask, self.cache, self.injection, last_only=True)[:, -1]
 
     def step(self, token):
         """Read one token of each row, (B,). Returns the logits (B, V) of what follows, which the next step may overwrite."""
-        self.token.copy_(token[:, None])
-        if self.compile and self.graph is None and self.token.is_cuda:
-            self.tried(self.record)
-        if self.graph is None:
-            return self.tried(self.run)
-        self.graph.replay()
-        return self.logits
-
-    def run(self):
-        """A step on what `token` holds: logits (B, V)."""
-        # Kernels made for many queries leave most of a GPU idle with one: 14 of 61 microseconds a layer of 1B on an H200.
-        plain = sdpa_kernel(SDPBackend.MATH) if self.compile and self.token.is_cuda else nullcontext()
-        with plain:
-            return self.whole(self.model, self.token, None, None, self.cache, self.injection, True)[:, -1]
-
-    def record(self):
-        """Make a CUDA graph of a step. What is not to be recorded, compiling above all, happens in a few steps before."""
-        position, seen = self.cache.position.clone(), self.cache.seen.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.run()
-                self.cache.position.copy_(position), self.cache.seen.copy_(seen)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.run()
-
-    def tried(self, work):
-        """work(), once more without compiling where that is impossible, which is then said once."""
-        if not self.compile:
-            return work()
-        position, seen = self.cache.position.clone(), self.cache.seen.clone()
-        try:
-            return work()
-        except InputError:
-            raise
-        except Exception as error:                         # no compiler, no Triton, another PyTorch: there are many ways to fail
-            reason = next(iter(str(error).strip().splitlines()), "")[:200]
-            print(f"note: can't compile here ({type(error).__name__}: {reason}); going on without.", file=sys.stderr)
-            self.model.compiles = self.compile = False
-            self.layer, self.whole, self.graph = DecoderLayer.__call__, Gemma.__call__, None
-            self.cache.position.copy_(position), self.cache.seen.copy_(seen)
-            return work()
+        return self.model(token[:, None], cache=self.cache, injection=self.injection, last_only=True)[:, -1]
 
 
 def arriving(tokens):

@@ -382,7 +382,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         asks = torch.arange(len(x), device=x.device), question.last().clamp(max=x.shape[1] - 1)            # its last position chooses for all
         of_all = self.query_pool(question.pool())                          # what the question as a whole asks
         query, kept = self.queries(self.query_own, x, of_all), []
-        spare = 0 if memo is None else -(view.tokens.longest + 1) % 32     # what is kept differs less in shape: see gemma.Decoder
+        spare = 0 if memo is None else -(view.tokens.longest + 1) % 32     # what is kept differs less in shape: see extras/compiled.py
         reading = Reading(None, [], [], [], [], [], None, None, None, self.end)
         for hop in range(self.config.hops):
             if hop:
