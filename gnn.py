@@ -55,12 +55,11 @@ class GATLayer(nn.Module):
 
         A node without any edge (possible without `self_loops`) gets the bias alone. Duplicate edges count twice.
         """
-        N, H, C = x.shape[0], self.heads, self.out_dim
+        N, H, C, dropped = x.shape[0], self.heads, self.out_dim, None
         if self.self_loops:
-            keep = edge_index[0] != edge_index[1]
-            edge_index = torch.cat((edge_index[:, keep], torch.arange(N, device=x.device).expand(2, N)), dim=1)
-            if edge_attr is not None:
-                edge_attr = torch.cat((edge_attr[keep], edge_attr.new_zeros(N, edge_attr.shape[1])))
+            dropped = F.pad(edge_index[0] == edge_index[1], (0, N))                                  # hidden, not cut out: a GPU would have to be waited for
+            edge_index = torch.cat((edge_index, torch.arange(N, device=x.device).expand(2, N)), dim=1)
+            edge_attr = F.pad(edge_attr, (0, 0, 0, N)) if edge_attr is not None else None
         source, target = edge_index
 
         # 1. Project every node once.
@@ -75,6 +74,8 @@ class GATLayer(nn.Module):
             scores = scores + (e * self.score_edge).sum(-1)
             message = message + e if self.edge_messages else message
         scores = F.leaky_relu(scores, self.negative_slope)
+        if dropped is not None:
+            scores = scores.masked_fill(dropped[:, None], -torch.inf)
 
         # 3. Softmax over the edges that point to the same node.
         wide = torch.promote_types(z.dtype, torch.float32)  # never in bf16
