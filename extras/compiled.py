@@ -29,6 +29,14 @@ def decoder_for(model, B, length, injection):
     return model.decoders.pop((B, length, injection), None) or CompiledDecoder(model, B, length, injection)
 
 
+def captured(work):
+    """A CUDA graph of work(), and what work returned: the tensors that the graph will write to."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+    return graph, result
+
+
 class CompiledDecoder(Decoder):
     """Prompts by compiled layers, steps compiled as a whole; where that can't be done, one line says so, and it is a plain Decoder."""
 
@@ -40,12 +48,17 @@ class CompiledDecoder(Decoder):
         self.layer, self.whole = DecoderLayer.__call__, Gemma.__call__
         self.tried(self.compile_passes)
 
+    @property
+    def gpu(self):
+        """Whether passes can be recorded."""
+        return self.token.is_cuda
+
     def compile_passes(self):
         """Compile layers for prompts of any length, and a whole pass for the one shape that steps have."""
         if self.model.compiles:                            # not when `tried` calls a second time, to go on without
             # Without the first, products of matrix and vector are slow; without the second, each program of the MLP's last
             # product works out gelu for itself; without the third, q, k and v are three kernels.
-            tuned = {"coordinate_descent_tuning": True, "realize_opcount_threshold": 18, "combo_kernels": True} if self.token.is_cuda else None
+            tuned = {"coordinate_descent_tuning": True, "realize_opcount_threshold": 18, "combo_kernels": True} if self.gpu else None
             self.layer = torch.compile(DecoderLayer.forward, dynamic=True)
             self.whole = torch.compile(Gemma.forward, dynamic=False, options=tuned)
 
@@ -69,7 +82,7 @@ class CompiledDecoder(Decoder):
             return self.model(*prompt, self.cache, self.injection, True, self.layer)
 
         (B, T), source = input_ids.shape, self.model if self.injection is None else self.injection.source()
-        if not (self.model.compiles and input_ids.is_cuda and B == 1 and T <= SHORT and source is not None):
+        if not (self.model.compiles and self.gpu and B == 1 and T <= SHORT and source is not None):
             return work(input_ids, attention_mask, question_mask)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompt = [F.pad(t, (-T % ALIKE, 0)) for t in (input_ids, attention_mask, question_mask)]
@@ -94,10 +107,8 @@ class CompiledDecoder(Decoder):
     def record_prompt(self, work, prompt):
         """Make a CUDA graph of work(*prompt). Returns its inputs, itself, and what it leaves: logits, memory, reading; () where
         that can't be done, as with a memory whose keys are too many for the GPU."""
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                logits = work(*prompt)
+            graph, logits = captured(lambda: work(*prompt))
         except Exception:                                  # the same, not recorded, will say what is wrong, if anything is
             self.cache.memory = {}
             return ()
@@ -105,7 +116,7 @@ class CompiledDecoder(Decoder):
 
     def step(self, token):
         self.token.copy_(token[:, None])
-        if self.model.compiles and self.graph is None and self.token.is_cuda:
+        if self.model.compiles and self.graph is None and self.gpu:
             self.tried(self.record_step)
         if self.graph is None:
             return self.tried(self.run)
@@ -115,7 +126,7 @@ class CompiledDecoder(Decoder):
     def run(self):
         """A step on what `token` holds: logits (B, V)."""
         # Kernels made for many queries leave most of a GPU idle with one: 14 of 61 microseconds a layer of 1B on an H200.
-        plain = sdpa_kernel(SDPBackend.MATH) if self.model.compiles and self.token.is_cuda else nullcontext()
+        plain = sdpa_kernel(SDPBackend.MATH) if self.model.compiles and self.gpu else nullcontext()
         with plain:
             return self.whole(self.model, self.token, None, None, self.cache, self.injection, True)[:, -1]
 
@@ -129,9 +140,7 @@ class CompiledDecoder(Decoder):
                 self.run()
                 self.cache.position.copy_(position), self.cache.seen.copy_(seen)
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.run()
+        self.graph, self.logits = captured(self.run)
 
     def tried(self, work):
         """work(), once more without compiling where that is impossible, which is then said once."""

@@ -1,5 +1,6 @@
 """Speed that changes no answer: compiled decoding gives the same tokens and is compiled once, memories grow in place, benches run."""
 
+import argparse
 import json
 import math
 import sys
@@ -9,6 +10,7 @@ import torch
 
 import memory
 from bench import decode, gat, memory_scale, timing, train_step
+from extras import compiled
 from extras.memory_model import find_base
 from extras.room import Growing
 from gemma import Gemma, GemmaConfig, InputError, KVCache, Tokenizer
@@ -145,6 +147,48 @@ def test_cuda_graphs_give_the_tokens_of_eager(folder):
     model.forget(0)
     assert model.answer(QUESTIONS[0], compile=True) == model.answer(QUESTIONS[0])
     assert model.gemma.compiles
+
+
+@pytest.mark.parametrize("possible", [True, False])
+def test_recorded_prompts_on_a_cpu(model, traced, monkeypatch, possible):
+    """Catches a prompt that is answered from what another one found, or from a memory that has changed, and one that can't be recorded.
+    A graph is stood in for by its work, done again, with its results put where the first ones were."""
+    replays = []
+
+    def captured(work):
+        if not possible:
+            raise RuntimeError("a wait for the GPU")
+        first, memory, found = work(), decoder().cache.memory, model.injection.reading
+
+        def replay():
+            cache = decoder().cache
+            assert cache.memory is memory
+            cache.memory = {}
+            first.copy_(work())
+            for name, tensor in cache.memory.items():
+                memory[name].copy_(tensor)
+            cache.memory = memory
+            vars(found).update(vars(model.injection.reading))
+            model.injection.reading = None                                 # a graph sets nothing in Python
+            replays.append(1)
+        return argparse.Namespace(replay=replay), first
+
+    made = []
+    decoder = lambda: made[-1]
+    begin = compiled.CompiledDecoder.prefill
+    monkeypatch.setattr(compiled.CompiledDecoder, "prefill", lambda self, *prompt: (made.append(self), begin(self, *prompt))[1])
+    monkeypatch.setattr(compiled.CompiledDecoder, "gpu", True)
+    monkeypatch.setattr(compiled.CompiledDecoder, "record_step", lambda self: None)
+    monkeypatch.setattr(compiled, "captured", captured)
+    for facts in (FACTS[:4], FACTS[4:]):
+        model.add_to_memory(facts)
+        for question in [*QUESTIONS, QUESTIONS[1] + " And when was that, on which day?"] * 3:
+            expected, weights = model.answer(question, max_new_tokens=6), model.weights()
+            assert model.answer(question, max_new_tokens=6, compile=True) == expected
+            torch.testing.assert_close(model.weights(), weights, rtol=1e-4, atol=1e-6)
+    prompts = decoder().prompts
+    assert model.gemma.compiles and len(prompts) == 3 and all(prompts.values()) == possible
+    assert len(replays) == 2 * (12 - 3) * possible                         # of each of the three lengths the first was not recorded
 
 
 def test_a_memory_looks_the_same_until_it_changes(model):
