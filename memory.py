@@ -161,18 +161,19 @@ class EpisodeGraph:
 
     def add(self, texts, parts):
         """Append episodes. parts: what GemmaWithMemory.written made of the texts. Returns their ids."""
-        new_ids = list(range(self.next_id, self.next_id + len(texts)))
-        self.next_id += len(texts)
-        self.ids += new_ids
-        self.texts += texts
         old, new = self.tokens, [store for store, _ in parts]
         ids = self.room.append("ids", old.ids, *(store.ids for store in new))
         home = self.device if len(ids) * old.keys.shape[1] * old.keys.itemsize <= ON_DEVICE else "cpu"
         keys = self.room.append("token keys", old.keys, *(store.keys for store in new), device=home)
         lengths, longest = torch.cat([store.lengths for store in (old, *new)]), max(store.longest for store in (old, *new))
-        self.tokens = TokenStore(ids, keys, lengths, longest)
-        self.nodes = self.room.append("nodes", self.nodes, *(nodes for _, nodes in parts))
+        nodes = self.room.append("nodes", self.nodes, *(nodes for _, nodes in parts))
+        # Nothing is changed before there was room for everything.
+        self.tokens, self.nodes = TokenStore(ids, keys, lengths, longest), nodes
         self.states, self.last, self.keys = None, None, self.keys[:-1]     # the last one has got another neighbour
+        new_ids = list(range(self.next_id, self.next_id + len(texts)))
+        self.next_id += len(texts)
+        self.ids += new_ids
+        self.texts += texts
         return new_ids
 
     def forget(self, episode_id):
@@ -479,7 +480,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         back = torch.arange(1 + LOOKBACK * self.config.time_edges, device=device)
         wanted = (best[..., None] - back).clamp(min=0)                                                     # (R, k, B)
         needed = torch.zeros(G, N, device=device).scatter(1, wanted.view(G, -1), 1.0)
-        most = min(N, wanted[0].numel()) if len(best) == G else int(needed.sum(1).max())                           # one question has nothing to wait for
+        most = min(N, wanted[0].numel()) if len(best) == G else int(needed.sum(1).max())       # one question has nothing to wait for
         several = needed.topk(most, dim=1).indices                                                         # (G, U)
         like, said = zip(*(self.likeness(q, view.tokens, view.episodes.gather(1, some)) for some in several.split(256, dim=1)))
         like, said = torch.cat(like, -1), torch.cat(said, -2)                                              # (R, H, W, U), (R, H, U, M)

@@ -117,6 +117,7 @@ class MemoryModel(nn.Module):
         return rows
 
     def checked_ids(self, texts):
+        """Of some facts, encoded together; raises as `token_ids`."""
         most = self.gemma.config.max_position_embeddings
         far_too_long = [isinstance(text, str) and len(text) > most * self.tokenizer.longest for text in texts]     # megabytes: not worth encoding
         rows = self.tokenizer.encode_all(["" if far else text for text, far in zip(texts, far_too_long)])

@@ -236,6 +236,23 @@ def test_growing_copies_rarely_and_never_mixes_up():
     assert several[:, 0].tolist() == [0, 1, 1, 2] and room.append("y", several) is several
 
 
+def test_facts_for_which_there_is_no_room_change_nothing(model, monkeypatch):
+    """Catches a memory that counts facts whose keys it could not keep."""
+    model.add_to_memory(FACTS)
+    graph, append = model.memory_graph, Growing.append
+    before = model.answer(QUESTIONS), list(graph.ids), len(graph.tokens.lengths), graph.nodes.clone()
+
+    def full(self, name, *parts, **options):
+        if name == "nodes":
+            raise torch.OutOfMemoryError("no room")
+        return append(self, name, *parts, **options)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(Growing, "append", full)
+        model.add_to_memory(["Ben was born.", "Ana works in Oslo."])
+    assert (model.answer(QUESTIONS), graph.ids, len(graph.tokens.lengths)) == before[:3] and len(graph.texts) == len(graph) == len(FACTS)
+    assert torch.equal(graph.nodes, before[3]) and model.add_to_memory("Ben was born.") == len(FACTS)
+
+
 @torch.no_grad()
 def test_keys_of_what_changed_are_the_keys_of_all(model, monkeypatch):
     """Catches a neighbour in time that is forgotten at the edge of a block, or that a new episode does not reach."""
