@@ -353,7 +353,8 @@ class SimilarityEdges(nn.Module):
         """match (R, k) how well each fits the question, keys (R, k, H, C), nodes (R, k, D) standardised features, episodes
         (R, k) their places in time -> scores (R, i, j) of "j replaces i", -inf where j wasn't told later."""
         alike = torch.einsum("rihc,rjhc->rij", keys, keys) / keys.shape[2]
-        replaces, replaced = self.says(nodes).float().unbind(-1)
+        # Bounded: an edge that has been shut for good has no gradient left to open it.
+        replaces, replaced = (4 * torch.tanh(self.says(nodes).float() / 4)).unbind(-1)
         score = (self.fits * (match[:, None] - match[..., None]) + self.alike * alike
                  + replaces[:, None] + replaced[..., None] + self.bias)
         return score.masked_fill(episodes[:, None] <= episodes[..., None], -torch.inf)

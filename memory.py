@@ -59,6 +59,7 @@ class MemoryConfig(Settings):
     read: str = "token"              # "token": attention inside an episode; "episode": its mean alone (the plan's)
     match: bool = True               # False: candidates are ranked by their keys alone
     said: bool = True                # False: readers don't know which words of an episode the question has said itself
+    marks: bool = True               # False: nor does the reading attention mark where the answer begins and ends
     graph: bool = True               # False: keys without the GAT
     time_edges: bool = True          # previous <-> next; and a pronoun's sentence borrows the words of the two before it
     similar_edges: bool = True       # later candidates may silence earlier ones; this, said and borrowing need match
@@ -236,6 +237,8 @@ PRECEDING = 2                        # tokens before one that the key it is read
 LOOKBACK = 2                         # sentences before a pronoun's that may say who is meant
 NEAR = 2                             # tokens before and after one that may be what the question says
 WORDS = 12                           # the most telling words of a question are compared
+FOUND = 6                            # and as many tokens that the first hop found: those of a name, if it was asked by way of somebody
+LEAST = -8.0                         # log-probability of what is as good as ruled out
 WINDOW = 32                          # tokens that ask together where no prompt is marked
 HUSHED = 0.1                         # and what they find is heard where null weighs less than this: nobody may have asked
 
@@ -256,6 +259,15 @@ class Question:
 
 
 @dataclass
+class Found:
+    """What a hop found, for the next to ask on with."""
+
+    context: torch.Tensor            # (R, D) mean of what was read
+    keys: torch.Tensor               # (R, w, H, C) of the tokens that were read most: what they are matched by
+    weights: torch.Tensor            # (R, w) how much each was read
+
+
+@dataclass
 class Reading:
     """What a question found. Weights are log-probabilities, the null episode last; lists hold one entry a hop."""
 
@@ -264,11 +276,13 @@ class Reading:
     candidates: list                 # (R, k): the best of them, rows of the memory
     ranked: list                     # (R, H, k + 1): over the candidates, compared word by word, at the same position
     chosen: list                     # (R, r): the best of those, rows of the memory
-    weights: list                    # (R, T, H, r + 1): over these, at every position
+    weights: list                    # (R, T, H, r + 1): over these, at every position; before the last hop, T = 1: where the question asks
     token_ids: torch.Tensor          # (R, r, M) what stands in them; -1 where nothing does; at the last hop
     token_weights: torch.Tensor      # (R, T, H, r, M): inside each of them, at the last hop
     end_weights: torch.Tensor = None # (R, T, H, r): on the end that stands behind each, "I have nothing more to say"
     end: int = -1                    # the token that this end is
+    place: torch.Tensor = None       # (R, r, M) where these tokens are in the TokenStore, at the last hop
+    marks: list = None               # (R, r, M, 2): where in each of them an answer begins, and where it ends
 
 
 class MemoryInjectionLayer(nn.Module, Injection):
@@ -312,10 +326,17 @@ class MemoryInjectionLayer(nn.Module, Injection):
                 self.understood_key.weight.mul_(0.2), self.fits.weight.mul_(0.2)
             if config.similar_edges:
                 self.outdated = SimilarityEdges(meaning)
+            if config.marks:
+                self.marks = nn.Linear(meaning, 2)
+                self.mark_query = each_hop(lambda: nn.Linear(2 * D, 2 * H))
+                for query in self.mark_query:                              # marks are heard when they have become true
+                    nn.init.zeros_(query.weight), nn.init.zeros_(query.bias)
         if config.match:
             self.match_query, self.match_key = each_hop(lambda: linear(config.token_key_dim)), key()
             self.match_weight = each_hop(lambda: nn.Linear(2 * D, H))
-            self.match_found = nn.ModuleList(nn.Linear(D, H * config.token_key_dim) for _ in range(config.hops - 1))
+            self.by_way = nn.ModuleList(nn.Linear(2 * D, H) for _ in range(config.hops - 1))
+            for way in self.by_way:                                        # how much a question is asked by way of what was found
+                nn.init.zeros_(way.weight), nn.init.zeros_(way.bias)
             self.match_threshold = nn.Parameter(torch.full((H,), 0.4))
             self.log_match_temperature = nn.Parameter(torch.full((H,), 8.0).log())
             if config.said and config.read == "token":
@@ -382,26 +403,36 @@ class MemoryInjectionLayer(nn.Module, Injection):
         """
         asks = torch.arange(len(x), device=x.device), question.last().clamp(max=x.shape[1] - 1)            # its last position chooses for all
         of_all = self.query_pool(question.pool())                          # what the question as a whole asks
-        query, kept = self.queries(self.query_own, x, of_all), []
+        asking = x[asks][:, None]                                          # (R, 1, F)
         spare = 0 if memo is None else -(view.tokens.longest + 1) % 32     # what is kept differs less in shape: see extras/compiled.py
-        reading = Reading(None, [], [], [], [], [], None, None, None, self.end)
+        reading, found = Reading(None, [], [], [], [], [], None, None, None, self.end, None, []), None
         for hop in range(self.config.hops):
             if hop:
                 # What was found asks on: "Maria's brother is Tom" turns a question about Maria into one about Tom.
-                found = reading.context.mean(2)
-                query = query + self.hop_query[hop - 1](found)
-            kept.append(self.choose(hop, question, self.heads(query[asks]), found[asks] if hop else None, view, spare, reading))
-            weights, inside, reading.context = self.attend(hop, x, query, kept[-1])
-            reading.weights.append(weights)
+                weights, *read = self.attend(hop - 1, asking, query, kept)
+                found = self.found(weights, *read, reading.place, view.tokens)
+                reading.weights.append(weights)
+                of_all = of_all + self.hop_query[hop - 1](found.context)[:, None]
+            query = self.queries(self.query_own, asking, of_all)
+            kept = self.choose(hop, question, self.heads(query)[:, 0], found, view, spare, reading)
+        weights, inside, reading.context = self.attend(hop, x, self.queries(self.query_own, x, of_all), kept)
+        reading.weights.append(weights)
         reading.token_weights, reading.end_weights = inside[..., :-1], inside[..., -1]
         if memo is not None:
-            memo.update({name: torch.stack([of[name] for of in kept]) for name in kept[0]}, query=of_all)
+            memo.update(kept, query=of_all)
         return reading
+
+    def found(self, weights, inside, context, place, tokens):
+        """What a hop found where the question asks, as a Found: attention over episodes (R, 1, H, r + 1), inside them (R, 1, H, r, M + 1),
+        what was read (R, 1, H, D), and where its tokens are (R, r, M). A name is several of them: each is looked for by itself."""
+        read = (weights[..., :-1, None].exp() * inside[..., :-1]).mean((1, 2)).flatten(1)                  # (R, r * M)
+        most, at = read.topk(min(FOUND, read.shape[1]))
+        return Found(context.mean((1, 2)), self.heads(tokens.keys_at(place.flatten(1).gather(1, at), self.match_by)), most)
 
     def choose(self, hop, question, at, found, view, spare, reading):
         """Which episodes are read: told to the reading, and returned as a dict of what `attend` needs to know of them.
 
-        at (R, H, C): what asks; found (R, D) by the hop before, or None; spare: empty places behind an episode's tokens.
+        at (R, H, C): what asks; found by the hop before, or None; spare: empty places behind an episode's tokens.
         """
         config, (G, N), R = self.config, view.valid.shape, len(at)
         memory, count = torch.arange(R, device=at.device)[:, None] // (R // G), view.valid.sum(1)          # (R, 1), (G,)
@@ -426,7 +457,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         ids, token_keys = view.tokens.ids[place], self.heads(view.tokens.keys_at(place, self.read_by))
         if hasattr(self, "meaning"):
             # 3. Side by side with the question, what do these say to it?
-            meant = self.understand(question.features, question.mask, found, view.tokens.keys_at(place, self.mean_by), real)   # (R, r, M, dim)
+            meant = self.understand(question.features, question.mask, found and found.context, view.tokens.keys_at(place, self.mean_by), real)   # (R, r, M, dim)
             token_keys = F.normalize(token_keys + self.heads(self.understood_key(meant)).float(), dim=-1).to(token_keys.dtype)
             fits = self.judge(meant, real, keys_read, told.gather(1, top))
             evidence = evidence.scatter_add(2, top[:, None].expand_as(fits), fits)
@@ -437,19 +468,19 @@ class MemoryInjectionLayer(nn.Module, Injection):
             end = F.normalize(self.end_key, dim=-1).to(token_keys.dtype).expand(*token_keys.shape[:2], 1, -1, -1)
             kept["token_keys"] = torch.cat((token_keys, end), 2)                                           # (R, r, M + 1, H, C)
             kept["of_all"] = self.token_query_pool[hop](question.pool())
+        if hasattr(self, "marks"):
+            marks = self.marks(meant).float().masked_fill(~real[..., None], -1e4).log_softmax(2)           # (R, r, M, 2)
+            kept["marks"] = F.pad(marked(marks), (0, 0, 0, 1)).to(at.dtype)                                # nothing speaks against the end
+            reading.marks.append(marks)
         if hasattr(self, "said_weight"):
             kept["said"] = F.pad(said.take_along_dim(top[:, None, :, None], 2), (0, spare))                # (R, H, r, M)
         reading.asked.append(asked), reading.candidates.append(best), reading.ranked.append(ranked), reading.chosen.append(chosen)
-        reading.token_ids = ids.masked_fill(~real, -1)
+        reading.token_ids, reading.place = ids.masked_fill(~real, -1), place
         return kept
 
     def read_on(self, x, memo):
         """What later positions read, x (R, T, F), of the episodes that the question chose: context (R, T, H, D)."""
-        query = self.queries(self.query_own, x, memo["query"])
-        for hop in range(self.config.hops):
-            query = query + self.hop_query[hop - 1](context.mean(2)) if hop else query
-            _, _, context = self.attend(hop, x, query, {name: tensor[hop] for name, tensor in memo.items() if name != "query"})
-        return context
+        return self.attend(self.config.hops - 1, x, self.queries(self.query_own, x, memo["query"]), memo)[2]
 
     def queries(self, own, x, of_all):
         """What positions x (R, T, F) ask with: their own part and that of the question as a whole, of_all (R, 1, H * C)."""
@@ -469,20 +500,21 @@ class MemoryInjectionLayer(nn.Module, Injection):
 
     def compare(self, hop, question, found, view, memory, best):
         """How well candidates `best` (R, k) of `memory` (R, 1) match, (R, H, k): each word of the question looks for its like among
-        theirs. And the other way round, how like each of their tokens is to what the question says, (R, H, k, M).
+        theirs, as does what the hop before found. And the other way round, how like each of their tokens is to what the question
+        says, (R, H, k, M).
 
         Late interaction as in ColBERT (https://arxiv.org/abs/2004.12832): of each word the best match counts, weighted by
         how telling the word is.
         """
         (G, N), device = view.valid.shape, best.device
-        q, telling = self.words(hop, question, found)
+        q, telling, own = self.words(hop, question, found)
         # Questions on one memory have candidates in common: each of these, and of those they may borrow from, is compared once.
         back = torch.arange(1 + LOOKBACK * self.config.time_edges, device=device)
         wanted = (best[..., None] - back).clamp(min=0)                                                     # (R, k, B)
         needed = torch.zeros(G, N, device=device).scatter(1, wanted.view(G, -1), 1.0)
         most = min(N, wanted[0].numel()) if len(best) == G else int(needed.sum(1).max())       # one question has nothing to wait for
         several = needed.topk(most, dim=1).indices                                                         # (G, U)
-        like, said = zip(*(self.likeness(q, view.tokens, view.episodes.gather(1, some)) for some in several.split(256, dim=1)))
+        like, said = zip(*(self.likeness(q, own, view.tokens, view.episodes.gather(1, some)) for some in several.split(256, dim=1)))
         like, said = torch.cat(like, -1), torch.cat(said, -2)                                              # (R, H, W, U), (R, H, U, M)
         slot = torch.zeros_like(view.episodes).scatter(1, several, torch.arange(several.shape[1], device=device).expand_as(several))
         own, *before = slot[memory[..., None], wanted].unbind(-1)                                          # (R, k) each: where among the U
@@ -498,25 +530,28 @@ class MemoryInjectionLayer(nn.Module, Injection):
         return match, said.take_along_dim(own[:, None, :, None], 2)
 
     def words(self, hop, question, found):
-        """What is to be matched: the most telling words of the question, and as one more what the hop before `found` (R, D), if it
-        isn't the first. Returns q (R, W, H, C), and how telling each is (R, W, H)."""
+        """What is to be matched: the most telling words of the question, then those that the hop before found, if it isn't the
+        first. Returns q (R, W, H, C), how telling each is (R, W, H), and how many are the question's own."""
         telling = self.match_weight[hop](question.features).float().masked_fill(~question.mask[..., None], -1e4)   # (R, T, H)
         words = telling.detach().mean(-1).topk(min(WORDS, telling.shape[1]), dim=1).indices[..., None]             # (R, W, 1)
         telling, real = telling.take_along_dim(words, 1), question.mask[..., None].gather(1, words)
         q = self.match_query[hop](question.features.take_along_dim(words, 1))
+        q = F.normalize(self.heads(q).float(), dim=-1) * real[..., None]                                   # padding is like nothing
+        own = q.shape[1]
         if found is not None:
-            q = torch.cat((q, self.match_found[hop - 1](found)[:, None].to(q.dtype)), 1)
-            telling, real = F.pad(telling, (0, 0, 0, 1)), F.pad(real, (0, 0, 0, 1), value=True)
-        return F.normalize(self.heads(q).float(), dim=-1) * real[..., None], telling.softmax(1)            # padding is like nothing
+            q = torch.cat((q, found.keys), 1)
+            by_way = self.by_way[hop - 1](question.pool()).float()                                     # (R, 1, H)
+            telling = torch.cat((telling, by_way + (found.weights.float() + 1e-8).log()[..., None]), 1)
+        return q, telling.softmax(1), own
 
-    def likeness(self, q, tokens, episodes):
-        """How like each word of R questions is to the most similar word of each episode, and each word of an episode to the
-        most similar one of the question: q (R, W, H, C), episodes (G, U) -> (R, H, W, U), (R, H, U, M), at least 0."""
+    def likeness(self, q, own, tokens, episodes):
+        """How like each word of R questions is to the most similar word of each episode, and each word of an episode to the most similar
+        of the first `own`, the question's: q (R, W, H, C), episodes (G, U) -> (R, H, W, U), (R, H, U, M), at least 0."""
         place, real = tokens.places(episodes)                                                              # (G, U, M)
         keys = self.heads(tokens.keys_at(place, self.match_by)) * real[..., None, None]
         q = q.unflatten(0, (len(episodes), -1)).to(keys.dtype)
         cosine = torch.einsum("gswhc,gumhc->gshwum", q, keys)
-        return cosine.max(-1).values.clamp(min=0).flatten(0, 1).float(), cosine.max(3).values.clamp(min=0).flatten(0, 1).float()
+        return cosine.max(-1).values.clamp(min=0).flatten(0, 1).float(), cosine[:, :, :, :own].max(3).values.clamp(min=0).flatten(0, 1).float()
 
     def judge(self, meant, real, keys, told):
         """Evidence (R, H, r) for the episodes that are read, now that they have been read: meant (R, r, M, dim) what their tokens
@@ -542,6 +577,9 @@ class MemoryInjectionLayer(nn.Module, Injection):
             around = F.pad(kept["said"], (NEAR, NEAR)).unfold(-1, 2 * NEAR + 1, 1)                         # (R, H, r, M, 2 NEAR + 1)
             weight = self.said_weight[hop] * self.log_token_temperature.exp()[:, None]
             scores = scores + F.pad(torch.einsum("rhkmn,hn->rhkm", around, weight), (0, 1))[:, None].to(scores.dtype)
+        if "marks" in kept:
+            # Where the question ends the answer begins; later it goes on inside.
+            scores = scores + torch.einsum("rthf,rkmf->rthkm", self.heads(self.mark_query[hop](x)).to(scores.dtype), kept["marks"].to(scores.dtype))
         return scores.masked_fill(~kept["real"][:, None, None], -1e4).softmax(-1)
 
     def inject(self, h, context, silent):
@@ -589,6 +627,14 @@ class MemoryInjectionLayer(nn.Module, Injection):
                  for at, window, mask in zip(x.reshape(B * T, 1, -1).split(256), windows.split(256), masks.split(256))]
         null = torch.cat([part.ranked[-1][..., -1].exp().mean(1) for part in parts])                       # (B * T,)
         return torch.cat([part.context for part in parts]).unflatten(0, (B, T))[:, :, 0], (null < HUSHED).view(B, T)
+
+
+def marked(marks):
+    """Where an answer begins and ends (..., M, 2), log-probabilities -> what each token has to it (..., M, 2): log of how likely it
+    is the first, and of how likely it is one of them all, each against the likeliest."""
+    begun, over = marks[..., 0].exp().cumsum(-1), marks[..., 1].exp().flip(-1).cumsum(-1).flip(-1)
+    both = torch.stack((marks[..., 0], (begun * over).clamp(min=1e-6).log()), -1)
+    return (both - both.amax(-2, keepdim=True)).clamp(min=LEAST)
 
 
 def heaviest(log_weights, k):

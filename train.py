@@ -8,10 +8,11 @@ ordinary text is run through layers 1..8 once (extras/pool.py), and every traini
 A step then runs the graph network, the injection and the layers above, forward and backward, with logits at answer positions
 only. The loop is the same for every design; what a step and an evaluation are, its Lesson says.
 
-A batch is G memories of up to N episodes with R / G questions each; nothing loops over it. Three losses:
+A batch is G memories of up to N episodes with R / G questions each; nothing loops over it. Four losses:
   * cross-entropy on the answer's tokens,
   * retrieval: minus the log of the attention on the episodes that hold the answer, or on the null episode where none does,
-  * copying: minus the log of the attention on the tokens, inside those episodes, that the answer goes on with.
+  * copying: minus the log of the attention on the tokens, inside those episodes, that the answer goes on with,
+  * marking: minus the log of the probability of where, in those episodes, the answer begins and ends.
 
 Letters as in memory.py, and P bundles of the pool (a bundle is a few sentences that belong together, see data_gen.py).
 """
@@ -61,6 +62,7 @@ class TrainConfig:
     clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
     retrieval: float = field(default=0.3, metadata={"help": "weight of the retrieval loss"})
     copying: float = field(default=0.5, metadata={"help": "weight of the copying loss"})
+    marking: float = field(default=0.3, metadata={"help": "weight of the marking loss"})
     unknown: float = field(default=0.1, metadata={"help": "share of questions about somebody the memory never heard of"})
     text: float = field(default=0.06, metadata={"help": "share of rows that are ordinary text, for which the memory is to be silent"})
     hard: float = field(default=1.0, metadata={"help": "how often a question is drawn on an update, a list or one of several values of a sentence, against an easier one"})
@@ -80,7 +82,7 @@ class TrainConfig:
         """Raise InputError for settings that can't be trained with."""
         variants.check_name(self.variant)
         for name, least in dict(steps=1, batch=8, accumulate=1, bundles=1, facts=8, first_facts=1, eval_every=1, tokens=16, workers=0, warmup=0, patience=0, minutes=0,
-                                lr=0, weight_decay=0, clip=0, retrieval=0, copying=0, unknown=0, text=0).items():
+                                lr=0, weight_decay=0, clip=0, retrieval=0, copying=0, marking=0, unknown=0, text=0).items():
             if not getattr(self, name) >= least:
                 raise InputError(f"expected --{name.replace('_', '-')} of at least {least}, got {getattr(self, name)}.")
         for name, least, most in (("hard", 0.001, 1000), ("lr", 0, 1000), ("tokens", 16, 4096), ("seed", -10 ** 10, 10 ** 10)):
@@ -152,7 +154,7 @@ def retrieval_loss(batch, out, hops):
     """- log attention on what should be attended to, mean over heads and hops: (over all episodes, over the candidates
     compared word by word, at answer positions). The right episode may be missing among the candidates: then only the first counts."""
     reading, is_text = out["reading"], (batch["kind"] == TEXT)[:, None]
-    at_prompt, at_candidates, at_answer = 0.0, 0.0, 0.0
+    at_prompt, at_candidates = 0.0, 0.0
     among = lambda target, rows: torch.cat((target[:, :-1].gather(1, rows), target[:, -1:]), 1)
     for hop in range(hops):
         asked = reading.asked[hop]                                                             # (R, H, N + 1)
@@ -161,11 +163,11 @@ def retrieval_loss(batch, out, hops):
         right = among(target, reading.candidates[hop])                                         # (R, k + 1)
         mass = reading.ranked[hop].masked_fill(~right[:, None], -1e4).logsumexp(-1).mean(1)    # (R,)
         at_candidates = at_candidates - (mass * right.any(1)).mean()
-        right = among(target, reading.chosen[hop])                                             # (R, r + 1)
-        mass = reading.weights[hop].masked_fill(~right[:, None, None], -1e4).logsumexp(-1).mean(-1)        # (R, T)
-        care = torch.where(is_text, out["spoken"], out["answering"]) & right.any(1)[:, None]
-        at_answer = at_answer - ((mass * care).sum(1) / care.sum(1).clamp(min=1)).mean()
-    return at_prompt / hops, at_candidates / hops, at_answer / hops
+    right = among(target, reading.chosen[-1])                                                  # (R, r + 1)
+    mass = reading.weights[-1].masked_fill(~right[:, None, None], -1e4).logsumexp(-1).mean(-1) # (R, T)
+    care = torch.where(is_text, out["spoken"], out["answering"]) & right.any(1)[:, None]
+    at_answer = -((mass * care).sum(1) / care.sum(1).clamp(min=1)).mean()
+    return at_prompt / hops, at_candidates / hops, at_answer
 
 
 def copying_loss(batch, out, hops):
@@ -184,6 +186,20 @@ def copying_loss(batch, out, hops):
     mass = (weights * inside).sum(-1)                                                          # (n, H)
     can = hit.flatten(1).any(1) | ends.any(1)
     return -((mass + 1e-6).log().mean(1) * can).sum() / can.sum().clamp(min=1)
+
+
+def marking_loss(batch, out, hops):
+    """- log of the probability that the reader gives to where the answer begins, and where it ends, in each right episode that it
+    reads. In the first of two hops, what is marked there is the name that is asked on about."""
+    reading, total = out["reading"], 0.0
+    for hop, marks in enumerate(reading.marks):                                                # (R, r, M, 2)
+        target = wanted(batch, hop, hops, reading.asked[hop].shape[-1] - 1)
+        for row, known, places in zip(batch["support"].T, batch["known"].T, batch["marks"].unbind(1)):         # (R,), (R,), (R, 2)
+            care = known & (places[:, 0] >= 0) & target.gather(1, row[:, None])[:, 0]
+            here = (reading.chosen[hop] == row[:, None]) & care[:, None]                       # (R, r)
+            mass = marks.gather(2, places.clamp(0, marks.shape[2] - 1)[:, None, None].expand(-1, marks.shape[1], -1, -1)).sum((2, 3))       # (R, r)
+            total = total - (mass * here).sum() / here.sum().clamp(min=1)
+    return total / max(1, len(reading.marks))
 
 
 @torch.no_grad()
@@ -218,9 +234,9 @@ class GraphLesson:
         out = forward(model, self.pool, batch, settings.tokens)
         answer_loss = F.cross_entropy(out["logits"].float(), out["targets"])
         retrieval = retrieval_loss(batch, out, model.config.hops)
-        copying = copying_loss(batch, out, model.config.hops)
-        return dict(loss=answer_loss + settings.retrieval * sum(retrieval) + settings.copying * copying, answer_loss=answer_loss,
-                    retrieval_loss=torch.stack(retrieval), copying_loss=copying)
+        copying, marking = (loss(batch, out, model.config.hops) for loss in (copying_loss, marking_loss))
+        return dict(loss=answer_loss + settings.retrieval * sum(retrieval) + settings.copying * copying + settings.marking * marking,
+                    answer_loss=answer_loss, retrieval_loss=torch.stack(retrieval), copying_loss=copying, marking_loss=torch.as_tensor(marking))
 
     def evaluate(self, **options):
         return evaluate(self.model, self.held_out, self.settings, **options)

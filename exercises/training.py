@@ -83,7 +83,7 @@ def part_of(tokenizer, bundles, tokens=TOKENS):
     newline, part = tokenizer.encode("\n", bos=False), []
     for facts, asked, subjects in bundles:
         facts = [tokenizer.encode(fact) for fact in facts]
-        questions = [(question_prompt(tokenizer, question, False), answer_tokens(tokenizer, [facts[support[-1]]], answer) + newline, support, 0)
+        questions = [(question_prompt(tokenizer, question, False), answer_tokens(tokenizer, [facts[support[-1]]], answer) + newline, support, 0, [])
                      for question, answer, support in asked]
         hashes = [zlib.crc32(subject.encode()) for subject in subjects]
         if max(map(len, facts)) <= 1.6 * tokens and all(len(prompt) + len(answer) <= tokens for prompt, answer, *_ in questions):

@@ -87,7 +87,7 @@ def trace(model, question):
         likely = sorted({*p.topk(LIKELY).indices.tolist(), *q.topk(LIKELY).indices.tolist(), token}, key=lambda t: -p[t])
         result["steps"].append(dict(
             token=token, text=label(model.tokenizer, token), ends=token in model.stop, p=[rounded(p[token]), rounded(q[token])],
-            weights=[rounded(w[0, at].exp()) for w in reading.weights],    # [hop][head][chosen, null last]
+            weights=[rounded(w[0, min(at, w.shape[1] - 1)].exp()) for w in reading.weights],    # [hop][head][chosen, null last]
             inside=[[rounded(part[head]) for part in added] for head in range(config.heads)],  # [head][chosen][piece, and the end last], at the last hop
             next=[[label(model.tokenizer, t), rounded(p[t]), rounded(q[t])] for t in likely]))  # with the memory, without it
     return result

@@ -7,19 +7,24 @@ has got new parts since it was saved, they start as in a fresh memory. `train.py
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from gemma import InputError
-from memory import GemmaWithMemory
+from extras.blocks import unpacked
+from extras.memory_model import SHIPPED
+from gemma import InputError, read_json
+from memory import GemmaWithMemory, MemoryConfig
 
 HEADS = 4                            # of the reading attention
 # What becomes of a tensor of the reader: it is multiplied by this power of k (see `grow`), and the new rest is 0 or stays random.
 RULES = {"meaning.weight": (0, True), "understand.ask.weight": (1, True), "understand.found.weight": (1, True),         # these join
          "down.weight": (1, True), "down.bias": (1, True), "up.weight": (-1, False), "up.bias": (0, False),
-         "understood_key.weight": (-1, False), "fits.weight": (-1, False), "outdated.says.weight": (-1, False)}         # these read
+         "understood_key.weight": (-1, False), "fits.weight": (-1, False), "outdated.says.weight": (-1, False),
+         "marks.weight": (-1, False)}         # these read
 
 
 def grow(old, fresh):
@@ -46,6 +51,24 @@ def grow(old, fresh):
             new[tuple(map(slice, old[name].shape))] = old[name] * k ** power
 
 
+def opened(name):
+    """A memory of this design or an earlier one: (a fresh model with its settings, its weights by name). Raises InputError as opening
+    a memory does, but for settings and tensors that the design didn't have yet, or has no longer."""
+    folder = Path(SHIPPED.get(str(name), name))
+    saved = read_json(folder / "memory.json")
+    known, theirs = asdict(MemoryConfig()), saved.get("memory")
+    if not isinstance(theirs, dict) or not isinstance(saved.get("base"), dict):
+        raise InputError(f"{folder}/memory.json: expected the entries 'memory' and 'base'; restore the file that was saved.")
+    config = MemoryConfig.from_dict({**known, **{field: value for field, value in theirs.items() if field in known}}, f"{folder}/memory.json")
+    model = GemmaWithMemory.from_pretrained(base=saved["base"].get("name"), config=config)
+    model.trained = saved.get("trained", {})
+    try:
+        weights = unpacked(load_file(folder / "memory.safetensors"))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder}: expected a whole memory.safetensors ({str(error)[:100]}); restore the one that was saved.") from None
+    return model, weights
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="A trained memory with a larger reader, that answers as it did.",
                                      epilog="example: python -m extras.grow gemma-3-270m out/grown --reading-dim 256 --reading-layers 4")
@@ -53,9 +76,10 @@ def main(arguments=None):
     parser.add_argument("out", type=Path, help="folder for the larger one")
     parser.add_argument("--reading-dim", type=int, help="width of the reading attention (default: as it is)")
     parser.add_argument("--reading-layers", type=int, help="its layers (default: as they are)")
+    parser.add_argument("--fresh", nargs="+", default=[], metavar="NAME", help="parts that start anew, by the beginnings of their tensors' names, such as outdated")
     parser.add_argument("--seed", type=int, default=0, help="of what starts at random (default 0)")
     args = parser.parse_args(arguments)
-    old = GemmaWithMemory.from_pretrained(args.memory)
+    old, weights = opened(args.memory)
     asked = {name: value for name in ("reading_dim", "reading_layers") if (value := getattr(args, name)) is not None}
     config = replace(old.config, **asked)
     config.check("--reading-dim, --reading-layers")
@@ -66,10 +90,10 @@ def main(arguments=None):
         raise InputError(f"expected --seed from 0 to 2**63 - 1, got {args.seed}.")
     torch.manual_seed(args.seed)
     new = GemmaWithMemory(old.gemma, old.tokenizer, config, old.base_name)
-    grow(old.injection.state_dict(), new.injection.state_dict())
+    grow({name: tensor for name, tensor in weights.items() if not name.startswith(tuple(args.fresh))}, new.injection.state_dict())
     new.trained = dict(old.trained, grown_from=Path(args.memory).name)
     new.save_pretrained(args.out)
-    print(f"saved {args.out}: {sum(p.numel() for p in new.trainable_parameters()):,} parameters, {sum(p.numel() for p in old.trainable_parameters()):,} before",
+    print(f"saved {args.out}: {sum(p.numel() for p in new.trainable_parameters()):,} parameters, {sum(weights[name].numel() for name, _ in old.injection.named_parameters() if name in weights):,} of the old were kept or widened",
           file=sys.stderr)
 
 

@@ -38,31 +38,46 @@ def answer_tokens(tokenizer, facts, answer):
     memory can return what it stored, not what it would have stored. facts: token ids of the one fact with the answer, or of
     the two that hold "A and B". Where its tokens don't begin and end with the answer's, it is encoded anew.
     """
-    if len(facts) == 2:
-        for at in re.finditer(" and ", answer):
-            first, second = (spelled(tokenizer, fact, part) for fact, part in zip(facts, (answer[:at.start()], answer[at.end():])))
-            if first and second:
-                second = second if tokenizer.pieces.id_to_piece(second[0]).startswith("\u2581") else tokenizer.encode(" " + answer[at.end():], bos=False)
-                return first + tokenizer.encode(" and", bos=False) + second
+    places = answer_places(tokenizer, facts, answer)
+    if None in places:
         return tokenizer.encode(" " + answer, bos=False)
-    return spelled(tokenizer, facts[0], answer) or tokenizer.encode(" " + answer, bos=False)
+    first, *rest = (fact[start + 1:stop + 1] for fact, (start, stop) in zip(facts, places))
+    for second in rest:
+        if not tokenizer.pieces.id_to_piece(second[0]).startswith("\u2581"):
+            second = tokenizer.encode(" " + tokenizer.decode(second), bos=False)
+        first = first + tokenizer.encode(" and", bos=False) + second
+    return first
 
 
-def spelled(tokenizer, fact, words):
-    """Those tokens of a fact that spell `words`, with a space before them if it is there; None if no tokens do exactly that."""
+def answer_places(tokenizer, facts, answer):
+    """Where the facts (token ids with <bos>) hold an answer, or of two each its part of it: for each (start, stop), of its tokens
+    without <bos>, or None where none spell it."""
+    if len(facts) == 1:
+        return [spelled(tokenizer, facts[0], answer)]
+    for at in re.finditer(" and ", answer):
+        places = [spelled(tokenizer, fact, part) for fact, part in zip(facts, (answer[:at.start()], answer[at.end():]))]
+        if None not in places:
+            return places
+    return [None, None]
+
+
+def spelled(tokenizer, fact, words, cased=True):
+    """Which tokens of a fact, counted without <bos>, spell `words`, with a space before them if it is there: (start, stop); None if no
+    tokens do exactly that. cased: False where `words` are in small letters, whatever the fact's are."""
     pieces = [tokenizer.pieces.id_to_piece(i).replace("\u2581", " ") for i in fact[1:]]
+    pieces = pieces if cased else [piece.lower() for piece in pieces]
     ends = list(itertools.accumulate(map(len, pieces), initial=0))
     text, at = "".join(pieces), -1
     while (at := text.find(words, at + 1)) >= 0:
         stop = at + len(words)
         for start in (at - 1, at):
             if stop in ends and start in ends and text[start:at] in ("", " "):
-                return fact[1 + ends.index(start):1 + ends.index(stop)]
+                return ends.index(start), ends.index(stop)
     return None
 
 
 def draw_part(task):
-    """Some bundles as token ids: list of (facts, follows, [(prompt, answer, support, kind)], hashes of two subjects)."""
+    """Some bundles as token ids: list of (facts, follows, [(prompt, answer, support, kind, marks)], hashes of two subjects)."""
     path, chat, split, phrasings, open_words, tokens, seed, n = task
     tokenizer = Tokenizer(path)
     newline = tokenizer.encode("\n", bos=False)
@@ -74,8 +89,12 @@ def draw_part(task):
             prompt = question_prompt(tokenizer, q.question, chat)
             holding = q.support if q.kind == "list" else q.support[-1:]
             answer = answer_tokens(tokenizer, [facts[i] for i in holding], q.answer) + newline if q.support else []
+            places = answer_places(tokenizer, [facts[i] for i in holding], q.answer) if q.support else []
+            if len(q.support) > len(places):        # by way of somebody, whom the first fact names
+                third = [name for name in bundle.subjects if name not in q.question.lower()]
+                places.insert(0, spelled(tokenizer, facts[q.support[0]], third[0], cased=False) if len(third) == 1 else None)
             if len(prompt) + len(answer) <= tokens:
-                asked.append((prompt, answer, q.support, KINDS.index(q.kind)))
+                asked.append((prompt, answer, q.support, KINDS.index(q.kind), [(place[0], place[1] - 1) if place else (-1, -1) for place in places]))
         if asked and len(facts) <= LONGEST and max(map(len, facts)) <= 1.6 * tokens:
             subjects = [zlib.crc32(s.encode()) for s in sorted(bundle.subjects)] or [zlib.crc32(bundle.facts[0].encode())]
             part.append((facts, bundle.follows, asked, (subjects[0], subjects[-1])))
@@ -100,13 +119,13 @@ class Pool:
                 facts += fact_ids
                 sequences += asked
                 answers = defaultdict(set)                                 # of the sentence that answers: all that it does
-                for _, answer, support, _ in asked:
+                for _, answer, support, *_ in asked:
                     answers[tuple(support[-1:])].add(tuple(answer))
-                weights += [hard if kind in HARD or len(answers[tuple(support[-1:])]) > 1 else 1.0 for *_, support, kind in asked]
+                weights += [hard if kind in HARD or len(answers[tuple(support[-1:])]) > 1 else 1.0 for _, _, support, kind, _ in asked]
         if not self.bundles:
             raise InputError(f"expected sentences and questions of at most --tokens {tokens} tokens, but none of {P} bundles fit; give more --tokens, or more --bundles.")
         self.asked = len(sequences)
-        sequences += [(ids, [], [], TEXT) for ids in ordinary_text(model, texts, tokens, seed)]
+        sequences += [(ids, [], [], TEXT, []) for ids in ordinary_text(model, texts, tokens, seed)]
         P, F_ = len(self.bundles), max(len(b[0]) for b in self.bundles)
         Q = max(len(b[2]) for b in self.bundles)
         fill = lambda rows, width: torch.tensor([list(r) + [-1] * (width - len(r)) for r in rows], device=device)
@@ -115,6 +134,7 @@ class Pool:
         self.questions_of = fill([b[2] for b in self.bundles], Q)                              # (P, Q) or -1
         self.subjects = torch.tensor([b[3] for b in self.bundles], device=device)              # (P, 2) hashes
         self.support = fill([s[2][:2] for s in sequences], 2)                                  # (all, 2) slots of the bundle or -1
+        self.marks = torch.tensor([[*s[4][:2], *[(-1, -1)] * 2][:2] for s in sequences], device=device)      # (all, 2, 2) first and last token in each, or -1
         self.kind = torch.tensor([s[3] for s in sequences], device=device)
         self.prompt_length = torch.tensor([len(s[0]) for s in sequences], device=device)
         self.longest = max(len(s[0]) for s in sequences)                                       # tokens of a prompt
@@ -221,7 +241,7 @@ class Pool:
         told &= valid.gather(1, rows.flatten(1)).view(G, S, 2)
         known &= (told | (support < 0)).all(-1, keepdim=True)                                  # half of what an answer needs is no answer
         return dict(episodes=episodes, valid=valid, sequence=sequence.flatten(), kind=self.kind[sequence].flatten(),
-                    support=rows.flatten(0, 1), known=known.flatten(0, 1))
+                    support=rows.flatten(0, 1), known=known.flatten(0, 1), marks=self.marks[sequence.flatten()])
 
     def questions(self, batch, T):
         """The questions of a drawn batch with their answers, cut to T tokens: an Asked."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from extras import blocks
 from extras.memory_model import DONT_KNOW
 from gemma import BOS, PAD, Gemma, InputError, KVCache, Tokenizer
-from memory import HUSHED, LOOKBACK, NEAR, WINDOW, WORDS, GemmaWithMemory, MemoryConfig, MemoryView, Question, TokenStore, parted
+from memory import FOUND, HUSHED, LEAST, LOOKBACK, NEAR, WINDOW, WORDS, GemmaWithMemory, MemoryConfig, MemoryView, Question, TokenStore, parted
 from toy import FACTS, one_thread, toy_base, toy_model  # noqa: F401 (one_thread is a fixture)
 
 QUESTIONS = ["Where does Maria live?", "What is Tom's locker code?", "Who has the red bike that we saw yesterday?", "Who?"]
@@ -379,7 +379,7 @@ def test_no_word_counts_against_an_episode(full):
     q = -F.normalize(torch.ones(1, 2, full.config.heads, full.config.token_key_dim), dim=-1)
     for lengths, episodes in (([1, 1, 1], 3), ([1, 2], 2)):
         store = TokenStore(torch.zeros(3, dtype=torch.long), ones, torch.tensor(lengths))
-        like, said = full.injection.likeness(q, store, torch.arange(episodes)[None])
+        like, said = full.injection.likeness(q, 2, store, torch.arange(episodes)[None])
         assert like.shape == (1, full.config.heads, 2, episodes) and said.shape == (1, full.config.heads, episodes, max(lengths))
         assert (like == 0).all() and (said == 0).all()
 
@@ -393,7 +393,10 @@ def test_reading_equals_the_slow_way(full):
     layer.match_threshold.copy_(torch.tensor([0.5, 0.8]))
     similarity.bias.fill_(0.0), layer.outdated.bias.fill_(0.0)
     layer.lookback.bias.fill_(2.0)
-    layer.understood_key.weight.mul_(5.0), layer.fits.weight.mul_(5.0)
+    layer.understood_key.weight.mul_(5.0), layer.fits.weight.mul_(5.0), layer.marks.weight.mul_(5.0)
+    for linear in (*layer.mark_query, *layer.by_way):
+        torch.nn.init.normal_(linear.weight, std=0.02), torch.nn.init.normal_(linear.bias)
+    bounded = lambda x: 4 * torch.tanh(x / 4)
     H, D, N, k, r = config.heads, full.gemma.config.hidden_size, len(graph), config.candidates, config.readable
     assert r < k < N and config.hops == 2
     x, question = random_question(full, 1)
@@ -414,27 +417,29 @@ def test_reading_equals_the_slow_way(full):
         features = list(torch.cat((torch.stack(features), layer.sentence(torch.stack(features), torch.tensor([M]))), -1))
         tokens.append(list(zip(ids, features, zip([nothing, *features], [nothing, nothing, *features]))))
     sharp = [gnn.log_temperature[i].exp() * math.log(N + 2) / math.log(18) for i in range(H)]
-    added, found = {p: torch.zeros(H, config.key_dim) for p in (last, after)}, None
+    added, found, read = torch.zeros(H, config.key_dim), None, []          # read: (how much, episode, token)
     for hop in range(2):
-        score = {(p, i): [float(sharp[i] * unit(head(layer.query_own, x[p], i) + head(layer.query_pool, pool, i) + added[p][i]) @ key)
+        score = {(p, i): [float(sharp[i] * unit(head(layer.query_own, x[p], i) + head(layer.query_pool, pool, i) + added[i]) @ key)
                           for key in [*all_keys[:, i], unit(gnn.null_key[i])]] for p in (last, after) for i in range(H)}
         # 1. The best k by their keys.
         over_all = torch.tensor([score[last, i] for i in range(H)]).softmax(-1)
         torch.testing.assert_close(out.asked[hop][0].exp(), over_all, rtol=1e-3, atol=1e-4)
         candidates = over_all.mean(0)[:N].topk(k).indices.tolist()
         assert out.candidates[hop][0].tolist() == candidates
-        # 2. Word by word: the most telling words of the question, and as one more what the hop before has found.
+        # 2. Word by word: the most telling words of the question, and after them the tokens that the hop before read most.
+        most_read = sorted(read, reverse=True)[:FOUND]
         words = sorted(asking, key=lambda t: -layer.match_weight[hop](x[t]).mean())[:WORDS]
         assert len(words) < len(asking)
         match, said = torch.zeros(H, N), {}                                # said: how like a token is to what the question says
         for i in range(H):
-            telling = [layer.match_weight[hop](x[t])[i] for t in words] + ([torch.tensor(0.0)] if hop else [])
-            asks = [unit(head(layer.match_query[hop], x[t], i)) for t in words] + ([unit(head(layer.match_found[hop - 1], found, i))] if hop else [])
+            telling = [layer.match_weight[hop](x[t])[i] for t in words] + [math.log(w + 1e-8) + layer.by_way[0](pool)[i] for w, _, _ in most_read]
+            asks = [unit(head(layer.match_query[hop], x[t], i)) for t in words]
             like = lambda word, n: max(0.0, *(float(word @ unit(head(layer.match_key, f, i))) for _, f, _ in tokens[n]))
             for n in candidates:
                 gates = torch.sigmoid(layer.lookback(nodes[n]) - 1).view(LOOKBACK, H)[:, i].tolist()
                 said[i, n] = [max(0.0, *(float(word @ unit(head(layer.match_key, f, i))) for word in asks)) for _, f, _ in tokens[n]]
-                for weight, word in zip(torch.stack(telling).softmax(0), asks):
+                also = [unit(head(layer.match_key, tokens[n][m][1], i)) for _, n, m in most_read]
+                for weight, word in zip(torch.stack(telling).softmax(0), asks + also):
                     borrowed = [gates[b - 1] * like(word, n - b) for b in range(1, LOOKBACK + 1) if n >= b]
                     match[i, n] += weight * max([like(word, n), *borrowed])
         evidence = torch.zeros(H, N)
@@ -445,7 +450,7 @@ def test_reading_equals_the_slow_way(full):
                     alike = sum(all_keys[n, i] @ all_keys[j, i] for i in range(H)) / H
                     better = match.mean(0)[j] - match.mean(0)[n]
                     replaces = (similarity.fits * better + similarity.alike * alike + similarity.bias
-                                + similarity.says(nodes[j])[0] + similarity.says(nodes[n])[1])
+                                + bounded(similarity.says(nodes[j])[0]) + bounded(similarity.says(nodes[n])[1]))
                     silenced += math.log(1 - torch.sigmoid(replaces))
             for i in range(H):
                 evidence[i, n] = layer.log_match_temperature[i].exp() * (match[i, n] - layer.match_threshold[i]) + silenced
@@ -468,15 +473,20 @@ def test_reading_equals_the_slow_way(full):
                 if j > n:
                     alike = sum(all_keys[n, i] @ all_keys[j, i] for i in range(H)) / H
                     replaces = (layer.outdated.fits * (fits.mean(0)[j] - fits.mean(0)[n]) + layer.outdated.alike * alike + layer.outdated.bias
-                                + layer.outdated.says(told[j].mean(0))[0] + layer.outdated.says(told[n].mean(0))[1])
+                                + bounded(layer.outdated.says(told[j].mean(0))[0]) + bounded(layer.outdated.says(told[n].mean(0))[1]))
                     silenced += math.log(1 - torch.sigmoid(replaces))
             evidence[:, n] = before[:, n] + fits[:, n] + silenced
         torch.testing.assert_close(out.ranked[hop][0].exp(), among(last, candidates), rtol=1e-3, atol=1e-4)
+        begins, ends = ({n: torch.stack([layer.marks(t)[side] for t in told[n]]).softmax(0) for n in chosen} for side in (0, 1))
+        part_of = {n: [float(begins[n][:m + 1].sum() * ends[n][m:].sum()) for m in range(len(told[n]))] for n in chosen}
+        relative = lambda p: [max(LEAST, math.log(one / max(p))) for one in p]
+        read = []
         # 4. and 5. Every position weighs these, and the tokens inside them.
         context = {p: torch.zeros(H, D) for p in (last, after)}
         for p in (last, after):
             shares = among(p, chosen)
-            torch.testing.assert_close(out.weights[hop][0, p].exp(), shares, rtol=5e-3, atol=2e-3)
+            if hop == 1 or p == last:                                      # the first hop is the question's alone
+                torch.testing.assert_close(out.weights[hop][0, p if hop else 0].exp(), shares, rtol=5e-3, atol=2e-3)
             for i in range(H):
                 asks = unit(head(layer.token_query_own, x[p], i) + head(layer.token_query_pool[hop], pool, i))
                 for c, n in enumerate(chosen):
@@ -487,7 +497,12 @@ def test_reading_equals_the_slow_way(full):
                     around = [0.0] * NEAR + said[i, n] + [0.0] * NEAR
                     heard = [sum(layer.said_weight[hop, i, d] * around[m + d] for d in range(2 * NEAR + 1)) for m in range(len(inside))]
                     end = asks @ unit(layer.end_key[i])                     # behind the last token
-                    inside = (torch.cat((inside + torch.stack(heard), end[None])) * layer.log_token_temperature[i].exp()).softmax(0)
+                    inside = torch.cat((inside + torch.stack(heard), end[None])) * layer.log_token_temperature[i].exp()
+                    first, any_ = layer.mark_query[hop](x[p]).view(H, 2)[i]
+                    marks = [first * a + any_ * b for a, b in zip(relative(begins[n].tolist()), relative(part_of[n]))]
+                    inside = (inside + torch.tensor([*marks, 0.0])).softmax(0)
+                    if p == last:
+                        read += [[float(shares[i, c] * inside[m]) / H, n, m] for m in range(len(told[n]))]
                     values = [value(token) for token, _, _ in tokens[n]] + [value(layer.end)]
                     context[p][i] += shares[i, c] * sum(weight * v for weight, v in zip(inside, values))
                     if hop == 1:
@@ -497,8 +512,9 @@ def test_reading_equals_the_slow_way(full):
                         torch.testing.assert_close(out.token_weights[0, p, i, c, :M], inside, rtol=5e-3, atol=2e-3)
                         assert out.token_ids[0, c].tolist() == [t for t, _, _ in tokens[n]] + [-1] * (graph.tokens.longest - M)
         if hop == 0:
-            added = {p: layer.hop_query[0](context[p].mean(0)).view(H, -1) for p in added}
+            read = [(sum(w for w, *at in read if at == [n, m]), n, m) for n in chosen for m in range(len(told[n]))]
             found = context[last].mean(0)
+            added = layer.hop_query[0](found).view(H, -1)
     for p in context:
         torch.testing.assert_close(out.context[0, p], context[p], rtol=5e-3, atol=5e-3)
     h = torch.randn(1, 1, D)
@@ -626,7 +642,7 @@ def test_training_moves_the_memory_and_never_the_base(full):
     for i in range(8):
         loss, grads = step(full, optimizer)
         losses.append(loss)
-        if i == 0:
+        if i == 1:                                                         # marks are heard after a step
             assert grads.keys() == {"injection." + name for name in memory}
             assert all(bool(g.abs().sum() > 0) and bool(g.isfinite().all()) for g in grads.values())
     assert losses[-1] < losses[0]
