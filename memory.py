@@ -632,7 +632,9 @@ class MemoryInjectionLayer(nn.Module, Injection):
 def marked(marks):
     """Where an answer begins and ends (..., M, 2), log-probabilities -> what each token has to it (..., M, 2): log of how likely it
     is the first, and of how likely it is one of them all, each against the likeliest."""
-    begun, over = marks[..., 0].exp().cumsum(-1), marks[..., 1].exp().flip(-1).cumsum(-1).flip(-1)
+    upto = torch.ones(marks.shape[-2], marks.shape[-2], device=marks.device).triu()            # a sum up to each; cumsum is not deterministic on a GPU
+    with torch.autocast(marks.device.type, enabled=False):
+        begun, over = marks[..., 0].exp() @ upto, marks[..., 1].exp() @ upto.mT
     both = torch.stack((marks[..., 0], (begun * over).clamp(min=1e-6).log()), -1)
     return (both - both.amax(-2, keepdim=True)).clamp(min=LEAST)
 

@@ -1,8 +1,10 @@
 """A trained memory with a larger reader, that answers as it did:  python -m extras.grow extras/gemma-3-270m out/grown --reading-dim 256
+Or one of an earlier design brought up to date:                    python -m extras.grow out/old out/new --fresh outdated
 
 What was learnt is put into the corner of larger matrices, and the new rest starts silent, as in Net2Net
 (https://arxiv.org/abs/1511.05641): new widths hold 0 until training writes into them, new layers add 0. Where the memory's design
-has got new parts since it was saved, they start as in a fresh memory. `train.py --init` goes on from there.
+has got new parts since it was saved, they start as in a fresh memory, as do parts that --fresh names; parts that the design has no longer
+are left out. `train.py --init` goes on from there.
 """
 
 import argparse
@@ -51,9 +53,9 @@ def grow(old, fresh):
             new[tuple(map(slice, old[name].shape))] = old[name] * k ** power
 
 
-def opened(name):
-    """A memory of this design or an earlier one: (a fresh model with its settings, its weights by name). Raises InputError as opening
-    a memory does, but for settings and tensors that the design didn't have yet, or has no longer."""
+def opened(name, fresh):
+    """A memory of this design or an earlier one: (a fresh model with its settings, its weights by name but for those that begin like one
+    of `fresh`). Raises InputError as opening a memory does, but for settings and tensors that the design didn't have yet, or has no longer."""
     folder = Path(SHIPPED.get(str(name), name))
     saved = read_json(folder / "memory.json")
     known, theirs = asdict(MemoryConfig()), saved.get("memory")
@@ -63,9 +65,12 @@ def opened(name):
     model = GemmaWithMemory.from_pretrained(base=saved["base"].get("name"), config=config)
     model.trained = saved.get("trained", {})
     try:
-        weights = unpacked(load_file(folder / "memory.safetensors"))
+        weights = {tensor: value for tensor, value in unpacked(load_file(folder / "memory.safetensors")).items() if not tensor.startswith(tuple(fresh))}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder}: expected a whole memory.safetensors ({str(error)[:100]}); restore the one that was saved.") from None
+    for tensor, mine in model.injection.state_dict().items():
+        if tensor in weights and weights[tensor].shape != mine.shape:
+            raise InputError(f"{folder}: expected {tensor} of shape {tuple(mine.shape)}, got {tuple(weights[tensor].shape)}; --fresh {tensor} leaves it out.")
     return model, weights
 
 
@@ -79,22 +84,22 @@ def main(arguments=None):
     parser.add_argument("--fresh", nargs="+", default=[], metavar="NAME", help="parts that start anew, by the beginnings of their tensors' names, such as outdated")
     parser.add_argument("--seed", type=int, default=0, help="of what starts at random (default 0)")
     args = parser.parse_args(arguments)
-    old, weights = opened(args.memory)
+    old, weights = opened(args.memory, args.fresh)
     asked = {name: value for name in ("reading_dim", "reading_layers") if (value := getattr(args, name)) is not None}
     config = replace(old.config, **asked)
     config.check("--reading-dim, --reading-layers")
-    if not old.config.reading_layers or config.reading_dim < old.config.reading_dim or config.reading_layers < old.config.reading_layers:
+    if "understand.ask.weight" not in weights or config.reading_dim < old.config.reading_dim or config.reading_layers < old.config.reading_layers:
         raise InputError(f"expected a memory that has a reader, and at least its {old.config.reading_layers} layers of width {old.config.reading_dim}, "
                          f"got {config.reading_layers} of {config.reading_dim}.")
     if not 0 <= args.seed < 2 ** 63:
         raise InputError(f"expected --seed from 0 to 2**63 - 1, got {args.seed}.")
     torch.manual_seed(args.seed)
     new = GemmaWithMemory(old.gemma, old.tokenizer, config, old.base_name)
-    grow({name: tensor for name, tensor in weights.items() if not name.startswith(tuple(args.fresh))}, new.injection.state_dict())
+    grow(weights, new.injection.state_dict())
     new.trained = dict(old.trained, grown_from=Path(args.memory).name)
     new.save_pretrained(args.out)
-    print(f"saved {args.out}: {sum(p.numel() for p in new.trainable_parameters()):,} parameters, {sum(weights[name].numel() for name, _ in old.injection.named_parameters() if name in weights):,} of the old were kept or widened",
-          file=sys.stderr)
+    kept = sum(weights[name].numel() for name, _ in old.injection.named_parameters() if name in weights)
+    print(f"saved {args.out}: {sum(p.numel() for p in new.trainable_parameters()):,} parameters, which {kept:,} of before live on in", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from gemma import InputError
 from memory import GemmaWithMemory
 from toy import FACTS, one_thread, toy_model  # noqa: F401 (one_thread is a fixture)
 
-QUESTION = "Who has a bike?"
+QUESTION = "What belongs to Ana?"
 HOSTILE = ["</script><script>document.title = 'taken over'</script>", "<img src=x onerror=\"document.title = 'taken over'\"> &lt;b&gt;",
            "{{data}} \u2028 \u202e backwards {{title}}", "Zoë drinks 東京 tea 🫖."]
 
@@ -58,12 +58,13 @@ def test_it_shows_what_was_read_while_answering(load):
     reading, hops = model.injection.reading, model.config.hops
     for at, (step, token) in enumerate(zip(shown, generated, strict=True)):
         assert step["token"] == token
+        of = lambda hop: passes[hop + at * (hop == hops - 1)]              # only the last hop reads at every position
         for hop in range(hops):
-            torch.testing.assert_close(torch.tensor(step["weights"][hop]), passes[at * hops + hop][0][0, -1].exp(), atol=1e-3, rtol=0)
+            torch.testing.assert_close(torch.tensor(step["weights"][hop]), of(hop)[0][0, -1].exp(), atol=1e-3, rtol=0)
             assert found["hops"][hop]["chosen"] == reading.chosen[hop][0].tolist()
         for head in range(model.config.heads):
             for c, inside in enumerate(step["inside"][head]):
-                real, read = reading.token_ids[0, c] >= 0, passes[at * hops + hops - 1][1][0, -1, head, c]
+                real, read = reading.token_ids[0, c] >= 0, of(hops - 1)[1][0, -1, head, c]
                 assert sum(inside) == pytest.approx(1, abs=1e-2) and max(inside[:-1]) == pytest.approx(max(read[:int(real.sum())].tolist()), abs=1e-3)
                 assert inside[-1] == pytest.approx(read[-1].item(), abs=1e-3)          # the end
     assert found["null"] == pytest.approx(model.recall(QUESTION)[1], abs=1e-3)

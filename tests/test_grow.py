@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from extras import grow, mean
 from extras.blocks import BLOCK, pack, packed, unpack, unpacked
-from gemma import InputError
+from gemma import InputError, read_json, write_json
 from gnn import rms_norm
 from memory import GemmaWithMemory
 from toy import FACTS, one_thread, toy_model  # noqa: F401 (one_thread is a fixture)
@@ -99,6 +99,28 @@ def test_a_grown_reader_says_the_same(tmp_path, dim, layers):
         meant = injection.understand(question, torch.ones(2, 5, dtype=torch.bool), found, rms_norm(injection.meaning(tokens)), torch.ones(2, 3, 4, dtype=torch.bool))
         return torch.cat((injection.understood_key(meant), injection.fits(meant), injection.outdated.says(meant)), -1)
     torch.testing.assert_close(said(new.injection), said(old.injection), rtol=1e-4, atol=1e-4)
+
+
+def test_a_memory_of_an_earlier_design_is_brought_up_to_date(tmp_path):
+    """Catches weights that are lost where only others have come or gone, and parts that were asked for anew and keep what they learnt."""
+    folder, out = toy_model(tmp_path / "toy"), tmp_path / "out"
+    tensors, saved = unpacked(load_file(folder / "memory.safetensors")), read_json(folder / "memory.json")
+    settings = saved["memory"]
+    del settings["marks"]                                                  # a setting that it didn't know yet, and one that is gone
+    settings["gone"] = 3
+    for name in [name for name in tensors if name.startswith(("marks", "mark_query"))]:
+        del tensors[name]
+    tensors["outdated.says.weight"] += 1
+    save_file({**tensors, "match_found.0.weight": torch.zeros(3), "marks.bias": torch.zeros(3)}, folder / "memory.safetensors")
+    write_json(folder / "memory.json", saved)
+    with pytest.raises(InputError):                                        # memory.json names the hash of other weights, and settings are amiss
+        GemmaWithMemory.from_pretrained(folder)
+    with pytest.raises(InputError, match="marks.bias of shape"):
+        grow.main([str(folder), str(out)])
+    grow.main([str(folder), str(out), "--fresh", "outdated", "marks"])
+    new = GemmaWithMemory.from_pretrained(out).injection.state_dict()
+    same = {name for name in tensors if torch.allclose(new[name].float(), tensors[name].float(), atol=2e-2)}
+    assert tensors.keys() - same == {"outdated.says.weight", "outdated.says.bias"} and (new["marks.weight"] != 0).any() and (new["mark_query.0.weight"] == 0).all()
 
 
 def test_what_cannot_be_grown_is_refused(tmp_path):

@@ -135,6 +135,28 @@ def test_supports_hold_the_answer(shipped, pool, N):
     assert {LOOKUP, UPDATE} <= kinds
 
 
+def test_marks_spell_the_answer_and_the_name_on_the_way(shipped, pool):
+    """Catches marks that are off by the <bos>, in the other sentence of two, or at the wrong name of two; and drawn ones that are another question's."""
+    seen, tokenizer = {kind: 0 for kind in (LOOKUP, UPDATE, TWO_HOP, LIST)}, shipped.tokenizer
+    batch = draw(pool, 16, 1024, 16)
+    for r, (sequence, kind) in enumerate(zip(batch["sequence"].tolist(), batch["kind"].tolist())):
+        known, marks = batch["known"][r], batch["marks"][r].tolist()
+        if not known.any() or [-1, -1] in marks[:int(known.sum())]:
+            continue
+        assert marks[int(known.sum()):] == [[-1, -1]] * (2 - int(known.sum()))
+        facts = [int(batch["episodes"][r // 64, row]) for row, k in zip(batch["support"][r].tolist(), known) if k]
+        said = [tokenizer.decode(pool.facts.ids[int(pool.facts.starts[f]) + a:int(pool.facts.starts[f]) + b + 1].tolist()).strip() for f, (a, b) in zip(facts, marks)]
+        prompt = int(pool.prompt_length[sequence])
+        answer = text_of(pool.sequences, sequence, tokenizer, prompt).strip()
+        if kind == TWO_HOP:                                                # whom the first names and the second tells of, but not the question
+            name = said.pop(0).lower()
+            assert name in text_of(pool.facts, facts[1], tokenizer).lower() and name not in tokenizer.decode(
+                pool.sequences.ids[int(pool.sequences.starts[sequence]):][:prompt].tolist()).lower()
+        assert " and ".join(said) == answer
+        seen[kind] = seen.get(kind, 0) + 1
+    assert all(n > 10 for n in seen.values()), seen
+
+
 @pytest.mark.parametrize("N", [8, 16, 64])
 def test_memories_are_whole_stories_in_order(pool, N):
     """Catches memories beyond their size, a story cut or told out of order, "she" torn from whoever she is, and a sentence twice."""
@@ -168,9 +190,9 @@ def test_hard_questions_are_drawn_more_often(shipped):
     """Catches weights that go to the wrong questions: an update, a list, and one of several values of a sentence are hard; the same
     answer twice, or nothing to answer, is not. And a draw that doesn't heed them."""
     fact, prompt, answers = shipped.tokenizer.encode("Maria lives in Oslo."), shipped.tokenizer.encode("Where?"), [[900], [901]]
-    asked = [[(prompt, answers[0], [0], LOOKUP), (prompt, answers[1], [0], LOOKUP)],           # two values of a sentence
-             [(prompt, answers[0], [0], LOOKUP), (prompt, answers[0], [0], LOOKUP), (prompt, [], [], KINDS.index("unanswerable"))],
-             [(prompt, answers[0], [0], UPDATE)], [(prompt, answers[0], [0, 0], LIST)]]
+    asked = [[(prompt, answers[0], [0], LOOKUP, []), (prompt, answers[1], [0], LOOKUP, [])],   # two values of a sentence
+             [(prompt, answers[0], [0], LOOKUP, []), (prompt, answers[0], [0], LOOKUP, []), (prompt, [], [], KINDS.index("unanswerable"), [])],
+             [(prompt, answers[0], [0], UPDATE, [])], [(prompt, answers[0], [0, 0], LIST, [])]]
     part = [([fact], [False], questions, (n, n)) for n, questions in enumerate(asked)]
     pool = train.Pool(shipped, "train", 20, 40, 0, hard=4.0, draw=lambda *_: [part], progress=False)
     expected = torch.tensor([4.0, 4.0, 1.0, 1.0, 1.0, 4.0, 4.0])
@@ -412,6 +434,26 @@ def test_copying_loss_by_hand():
     assert loss(8) == pytest.approx(-math.log(0.2 * 0.4) / 2, rel=1e-4) and loss(7) == loss(9, 9) == 0
 
 
+def test_marking_loss_by_hand():
+    """Catches a mark in another episode or hop than the right one, rows that have none or whose sentence wasn't read and count all
+    the same, and the two hops of a two-hop question mixed up."""
+    begins, ends = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.1, 0.6, 0.3])
+    marks = torch.stack([torch.stack([begins.roll(e), ends.roll(e)], -1) for e in range(2)]).log()         # (r, M, 2): the second episode's are moved by one
+    chosen = [torch.tensor([[2, 0], [0, 1], [0, 1]]), torch.tensor([[0, 2], [2, 1], [0, 1]])]
+    reading = Reading(None, [torch.zeros(3, 2, 4)] * 2, None, None, chosen, None, None, None, marks=[marks.expand(3, -1, -1, -1)] * 2)
+    batch = dict(ROWS, marks=torch.tensor([[[0, 1], [-1, -1]], [[1, 1], [0, 2]], [[0, 0], [0, 0]]]))
+    # In ROWS a lookup of episode 2, two hops by way of 0 to 2, and one that can't be answered.
+    hop1 = -math.log(0.2 * 0.6), -math.log(0.3 * 0.6)                      # the lookup's in its first, the name in episode 0
+    hop2 = -math.log(0.5 * 0.1), -math.log(0.2 * 0.3)
+    support = batch["support"].tolist()
+    assert support[0][0] == 2 and support[1] == [0, 2], support
+    assert train.marking_loss(batch, dict(reading=reading), 2).item() == pytest.approx((sum(hop1) / 2 + hop2[0] + hop2[1]) / 2, rel=1e-4)
+    batch["marks"][:] = -1
+    assert train.marking_loss(batch, dict(reading=reading), 2) == 0
+    reading.marks = []                                                     # a design without marks
+    assert train.marking_loss(batch, dict(reading=reading), 2) == 0
+
+
 def test_scores_by_hand():
     """Catches a first place by the keys alone, a place among the candidates taken for an episode, and one right token of many that is enough."""
     ranked = log([0.2, 0.5, 0.3], [0.6, 0.3, 0.1], [0.2, 0.1, 0.7])[:, None]
@@ -510,11 +552,11 @@ def test_every_operation_of_a_step_can_be_deterministic(shipped, pool):
             name, out = function.overloadpacket.__name__, function(*arguments, **(options or {}))
             used.add(f"{name} of floats" if name == "cumsum" and out.is_floating_point() else name)
             return out
-    used, model, batch = set(), untrained(shipped, pool, MemoryConfig(dropout=0.1)).train(), draw(pool, 2, 8, 8, 0.2, 0.2)
+    used, model, batch = set(), untrained(shipped, pool, MemoryConfig(dropout=0.1, reading_layers=1)).train(), draw(pool, 2, 8, 8, 0.2, 0.2)
     with Watch():
         out = train.forward(model, pool, batch, SETTINGS.tokens)
         loss = F.cross_entropy(out["logits"].float(), out["targets"]) + sum(train.retrieval_loss(batch, out, 2)) + train.copying_loss(batch, out, 2)
-        loss.backward()
+        (loss + train.marking_loss(batch, out, 2)).backward()
     assert used > {"scatter_reduce", "index_add", "nll_loss_backward"}
     assert not used & {"put", "put_", "histc", "bincount", "median", "nanmedian", "kthvalue", "cumsum of floats", "nll_loss2d_forward", "_embedding_bag"}
 
