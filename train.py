@@ -163,8 +163,8 @@ def retrieval_loss(batch, out, hops):
         right = among(target, reading.candidates[hop])                                         # (R, k + 1)
         mass = reading.ranked[hop].masked_fill(~right[:, None], -1e4).logsumexp(-1).mean(1)    # (R,)
         at_candidates = at_candidates - (mass * right.any(1)).mean()
-    right = among(target, reading.chosen[-1])                                                  # (R, r + 1)
-    mass = reading.weights[-1].masked_fill(~right[:, None, None], -1e4).logsumexp(-1).mean(-1) # (R, T)
+    right = among(target, reading.chosen[hops - 1])                                            # (R, r + 1)
+    mass = reading.weights[hops - 1].masked_fill(~right[:, None, None], -1e4).logsumexp(-1).mean(-1)   # (R, T)
     care = torch.where(is_text, out["spoken"], out["answering"]) & right.any(1)[:, None]
     at_answer = -((mass * care).sum(1) / care.sum(1).clamp(min=1)).mean()
     return at_prompt / hops, at_candidates / hops, at_answer

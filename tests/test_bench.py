@@ -140,6 +140,28 @@ def test_a_perfect_model_gets_everything(folder, monkeypatch):
     assert replaced["facts_at_the_end"] == 16 < told["facts_at_the_end"] <= 21
 
 
+@pytest.mark.parametrize("replace", [True, False])
+def test_what_an_edit_retains(folder, monkeypatch, replace):
+    """Catches a truth right after an edit that is not the last one's, another row of the memory, and what was never right counted as lost."""
+    cells = []
+
+    def ask(self, cell, **options):                                        # before any edit; at the end, each second wrong; right after, each fourth
+        cells.append([(view, q) for view, asked in cell for q in asked])
+        return [recall.Reply(q, q["answer"] if i % (0, 99, 2, 4)[len(cells)] else "?") for i, (_, q) in enumerate(cells[-1])]
+    bench = recall.Bench(scripted(folder, monkeypatch, lambda truths: None), recall.parse_arguments([*QUICK, "--model", "toy", "--edits", "30"]))
+    bench.result = dict(edits=[])
+    monkeypatch.setattr(recall.Bench, "ask", ask)
+    bench.many_edits(16, replace)
+    (row,), (_, end, once) = bench.result["edits"], cells
+    last = {q["question"]: q["answer"] for _, q in end}
+    assert once and all(q["answer"] == last[q["question"]] for _, q in once)
+    assert len({id(view) for view, _ in once}) > 1 == len({id(view) for view, _ in end})
+    assert all(q["support"][0] < view.valid.shape[1] for view, q in once) and any(q["support"][0] >= 16 for _, q in once) == (not replace)
+    right = {q["question"] for i, (_, q) in enumerate(once) if i % 4}
+    kept = [i % 2 for i, (_, q) in enumerate(end) if q["question"] in right]
+    assert 0 < row["retained"]["right"] == sum(kept) < row["retained"]["n"] == len(kept) < row["edited"]["n"] == len(once)
+
+
 def test_nonsense_gets_nothing(folder, monkeypatch):
     nonsense = scripted(folder, monkeypatch, lambda truths: lambda q: ("nonsense", 0.0))
     result = measured(nonsense, "--only", "recall,edits")

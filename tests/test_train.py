@@ -407,7 +407,7 @@ def test_retrieval_loss_by_hand():
     parts = lambda batch, hops: [part.item() for part in train.retrieval_loss(batch, out, hops)]
     logs = lambda *values: -sum(map(math.log, values))
     assert parts(ROWS, 2) == pytest.approx([logs(0.3, 0.5, 0.4, 0.1, 0.6, 0.7) / 6, logs(0.3, 0.6, 0.4, 0.3, 0.8, 0.6) / 6,
-                                            logs(0.9, 0.7, 0.6) / 6], rel=1e-5)
+                                            logs(0.6) / 3], rel=1e-5)
     # With a single hop, a two-hop question needs the fact that holds the answer; a list is one mass on both its facts; ordinary
     # text is to be left alone at all its positions.
     assert parts(LISTS, 1) == pytest.approx([logs(0.4, 0.1, 0.4) / 3, logs(0.5, 0.2, 0.4) / 3, (logs(0.9) + logs(0.5, 0.2) / 2) / 3], rel=1e-5)
