@@ -174,20 +174,22 @@ def refusals(nulls_known, nulls_unknown, threshold):
 
 
 def choose_threshold(nulls_known, nulls_unknown):
-    """The threshold with the best F1 of refusing; of several, the middle of the widest gap between null weights.
+    """The highest threshold whose F1 of refusing is within a standard error of the best, in the middle of a gap between null weights.
 
-    F1 = 2 · rightly refused / (refused + unanswerable). Raises InputError without unanswerable questions.
+    F1 = 2 · rightly refused / (refused + unanswerable). Of thresholds that validation can hardly tell apart, the one that refuses least
+    is wanted: the less a wording is like those of training and validation, the larger null weighs. (The one-standard-error rule,
+    Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, section 7.10.) Raises InputError without unanswerable questions.
     """
     if not nulls_unknown:
         raise InputError("expected unanswerable questions to choose a threshold on, got none; raise --questions.")
     cuts = sorted({0.0, 1.0, *nulls_known, *nulls_unknown})
-    best = (-1.0, -1.0, 0.5)
-    for low, high in zip(cuts, cuts[1:]):
-        middle = (low + high) / 2
+    scored = []
+    for middle in ((low + high) / 2 for low, high in zip(cuts, cuts[1:])):
         wrongly, rightly = (sum(n > middle for n in nulls) for nulls in (nulls_known, nulls_unknown))
-        f1 = 2 * rightly / (wrongly + rightly + len(nulls_unknown))
-        best = max(best, (f1, high - low, middle))
-    return best[2]
+        scored.append((2 * rightly / (wrongly + rightly + len(nulls_unknown)), middle))
+    best = max(scored)[0]
+    enough = best - math.sqrt(best * (1 - best) / len(nulls_unknown))
+    return max(middle for f1, middle in scored if f1 >= enough)
 
 
 GRID = (0.001, 0.01, *(round(0.05 * i, 2) for i in range(1, 20)), 0.99, 0.999)

@@ -248,7 +248,7 @@ def test_it_learns_to_answer_from_what_it_was_told(tmp_path, monkeypatch, name, 
     model = variants.find(name).from_pretrained(base=base, config=config)
     encode = lambda text: model.tokenizer.encode(text, bos=False)
     stories = [([model.tokenizer.encode(f"{who} lives in {place}.")], [False],
-                [(question_prompt(model.tokenizer, f"Where does {who} live?", False), encode(f" {place}") + encode("\n"), [0], 0)], (number, number))
+                [(question_prompt(model.tokenizer, f"Where does {who} live?", False), encode(f" {place}") + encode("\n"), [0], 0, [])], (number, number))
                for number, who in enumerate(("Maria", "Tom", "Ana")) for place in ("Lisbon", "Oslo", "Rome")]
     pool = Pool(model, "train", 20, 40, 0, draw=lambda *_: [stories], progress=False, layers=(model.facts_layer, 0))
     measured = PoolLesson.evaluate
