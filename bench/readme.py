@@ -209,7 +209,7 @@ def others_in_short():
     again, gone = edited["told again"], edited["forgotten"]
     rows.append([f"a fact told again with another value, {again['facts']:,} facts", f"{percent(again['recall'])} answer the new one, {percent(again['unchanged'])} the old one"])
     rows.append([f"a fact forgotten, {gone['facts']:,} facts", f"{percent(gone['gone'])} refused or answered otherwise, {percent(gone['others_kept'])} of the others kept"])
-    for r in saved("gemma-3-270m-edits")["locality"]["rows"]:
+    for r in saved("gemma-3-270m-locality")["locality"]["rows"]:
         if r["facts"]:
             rows.append([f"ordinary text, {r['facts']:,} unrelated facts", f"perplexity {r['change']:+.2%}"])
     return table(["Gemma 3 270M", "%"], rows, left=2)
