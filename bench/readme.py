@@ -209,6 +209,9 @@ def others_in_short():
     again, gone = edited["told again"], edited["forgotten"]
     rows.append([f"a fact told again with another value, {again['facts']:,} facts", f"{percent(again['recall'])} answer the new one, {percent(again['unchanged'])} the old one"])
     rows.append([f"a fact forgotten, {gone['facts']:,} facts", f"{percent(gone['gone'])} refused or answered otherwise, {percent(gone['others_kept'])} of the others kept"])
+    many = edited["replaced, many times"]
+    rows.append([f"{many['edits']:,} edits of {many['facts']:,} facts, one by one", f"{percent(many['retained'])} retained of what was right after its last edit "
+                 f"({percent(many['edited'])} of all answer the latest value)"])
     for r in saved("gemma-3-270m-locality")["locality"]["rows"]:
         if r["facts"]:
             rows.append([f"ordinary text, {r['facts']:,} unrelated facts", f"perplexity {r['change']:+.2%}"])
