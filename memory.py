@@ -457,7 +457,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         ids, token_keys = view.tokens.ids[place], self.heads(view.tokens.keys_at(place, self.read_by))
         if hasattr(self, "meaning"):
             # 3. Side by side with the question, what do these say to it?
-            meant = self.understand(question.features, question.mask, found and found.context, view.tokens.keys_at(place, self.mean_by), real)   # (R, r, M, dim)
+            meant = self.understand(question.features, question.mask, found.context if found else None, view.tokens.keys_at(place, self.mean_by), real)   # (R, r, M, dim)
             token_keys = F.normalize(token_keys + self.heads(self.understood_key(meant)).float(), dim=-1).to(token_keys.dtype)
             fits = self.judge(meant, real, keys_read, told.gather(1, top))
             evidence = evidence.scatter_add(2, top[:, None].expand_as(fits), fits)
@@ -507,14 +507,14 @@ class MemoryInjectionLayer(nn.Module, Injection):
         how telling the word is.
         """
         (G, N), device = view.valid.shape, best.device
-        q, telling, own = self.words(hop, question, found)
+        q, telling, asked = self.words(hop, question, found)
         # Questions on one memory have candidates in common: each of these, and of those they may borrow from, is compared once.
         back = torch.arange(1 + LOOKBACK * self.config.time_edges, device=device)
         wanted = (best[..., None] - back).clamp(min=0)                                                     # (R, k, B)
         needed = torch.zeros(G, N, device=device).scatter(1, wanted.view(G, -1), 1.0)
         most = min(N, wanted[0].numel()) if len(best) == G else int(needed.sum(1).max())       # one question has nothing to wait for
         several = needed.topk(most, dim=1).indices                                                         # (G, U)
-        like, said = zip(*(self.likeness(q, own, view.tokens, view.episodes.gather(1, some)) for some in several.split(256, dim=1)))
+        like, said = zip(*(self.likeness(q, asked, view.tokens, view.episodes.gather(1, some)) for some in several.split(256, dim=1)))
         like, said = torch.cat(like, -1), torch.cat(said, -2)                                              # (R, H, W, U), (R, H, U, M)
         slot = torch.zeros_like(view.episodes).scatter(1, several, torch.arange(several.shape[1], device=device).expand_as(several))
         own, *before = slot[memory[..., None], wanted].unbind(-1)                                          # (R, k) each: where among the U

@@ -152,7 +152,7 @@ def run_above(gemma, h, real, after):
 
 def retrieval_loss(batch, out, hops):
     """- log attention on what should be attended to, mean over heads and hops: (over all episodes, over the candidates
-    compared word by word, at answer positions). The right episode may be missing among the candidates: then only the first counts."""
+    compared word by word, at answer positions of the last hop). The right episode may be missing among the candidates: then only the first counts."""
     reading, is_text = out["reading"], (batch["kind"] == TEXT)[:, None]
     at_prompt, at_candidates = 0.0, 0.0
     among = lambda target, rows: torch.cat((target[:, :-1].gather(1, rows), target[:, -1:]), 1)

@@ -32,7 +32,7 @@ class Settings:
         """Raises InputError for a missing or unknown field, or one of the wrong type, and whatever `check` finds."""
         known = {f.name: type(f.default) for f in fields(cls)}
         for name in known.keys() - raw.keys():
-            raise InputError(f"{source}: the memory setting {name} is missing; restore the file that was saved.")
+            raise InputError(f"{source}: the memory setting {name} is missing; restore the file that was saved, or bring a memory of an earlier design up to date with `python -m extras.grow`.")
         for name, value in raw.items():
             if name not in known or not (type(value) is known[name] or (known[name] is float and type(value) is int)):
                 raise InputError(f"{source}: unexpected memory setting {name} = {value!r}; restore the file that was saved.")
@@ -322,7 +322,7 @@ class MemoryModel(nn.Module):
             raise InputError(f"{file}: expected a whole safetensors file ({str(error)[:100]}); restore the one that was saved.") from None
         mine = self.injection.state_dict()
         for name in sorted(set(mine) ^ set(tensors)):
-            raise InputError(f"{file}: tensor {name} is {'missing' if name in mine else 'unexpected'}; restore the file that was saved.")
+            raise InputError(f"{file}: tensor {name} is {'missing' if name in mine else 'unexpected'}; restore the file that was saved, or bring a memory of an earlier design up to date with `python -m extras.grow`.")
         for name, tensor in tensors.items():
             dtypes = (torch.float32, torch.bfloat16) if mine[name].is_floating_point() else (mine[name].dtype,)
             if tensor.shape != mine[name].shape or tensor.dtype not in dtypes or not bool(tensor.isfinite().all()):

@@ -454,6 +454,17 @@ def test_marking_loss_by_hand():
     assert train.marking_loss(batch, dict(reading=reading), 2) == 0
 
 
+def test_the_loss_holds_its_parts_by_their_weights(shipped, pool):
+    """Catches a part that is worked out and logged, and that nothing learns from."""
+    model = untrained(shipped, pool, MemoryConfig(reading_layers=1))
+    part = lambda **weights: train.GraphLesson(model, replace(SETTINGS, **{**dict(retrieval=0, copying=0, marking=0), **weights}), (pool, pool)).loss(
+        8, torch.Generator().manual_seed(1))
+    alone = part()
+    assert alone["loss"] == alone["answer_loss"] and alone["marking_loss"] > 1
+    for name in ("retrieval", "copying", "marking"):
+        assert (part(**{name: 2.0})["loss"] - alone["loss"]).item() == pytest.approx(2 * alone[f"{name}_loss"].sum().item(), rel=1e-3)
+
+
 def test_scores_by_hand():
     """Catches a first place by the keys alone, a place among the candidates taken for an episode, and one right token of many that is enough."""
     ranked = log([0.2, 0.5, 0.3], [0.6, 0.3, 0.1], [0.2, 0.1, 0.7])[:, None]
