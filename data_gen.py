@@ -251,19 +251,20 @@ class World:
         def templates(entry):       # every section in the phrasing in use
             return {section: list(map(sentence_start, lists[phrasings])) for section, lists in entry.items() if isinstance(lists, dict)}
 
+        clashes = lambda entry: {entry["name"]}.union(*(group for group in data["confusable"] if entry["name"] in group))
         self.attributes = {}
         for entry in data["attributes"]:
             sections = {"also": [], **templates(entry)}
             self.attributes.setdefault(entry["subject"], []).append(SimpleNamespace(
                 **sections, name=entry["name"], types=[self.choices[kind] for kind in entry["values"]],
                 quoted=4 * QUOTED if entry["values"][0].endswith("_title") else QUOTED,
-                clashes={entry["name"]}.union(*(group for group in data["confusable"] if entry["name"] in group)),
+                clashes=clashes(entry),
                 joinable=list(filter(JOINABLE.fullmatch, sections["facts"])),
                 joining=joining(sections["pronoun"])))
         self.open_attributes = {kind: SimpleNamespace(**templates(entry)) for kind, entry in data["open_attributes"].items()}
         self.kinds = [kind for kind, attributes in self.attributes.items() for _ in attributes if kind != "person"]
         self.prose = templates(data["prose"])
-        self.relations = [SimpleNamespace(**{**entry, **templates(entry)}) for entry in data["relations"]]
+        self.relations = [SimpleNamespace(**{**entry, **templates(entry)}, clashes=clashes(entry)) for entry in data["relations"] if entry["facts"][phrasings]]
         for relation in self.relations:
             relation.facts += [template.replace("{r}", relation.phrase) for template in self.prose["relation_facts"]]
 
@@ -319,7 +320,7 @@ class World:
 
     def owns(self, text):
         """Whether a made word or value is of this split."""
-        return split_of(text) == self.split and text.lower() not in self.foreign
+        return split_of(text) == self.split and text.lower() not in self.foreign and text.lower() not in self.elsewhere
 
     def value(self, attribute, taken):
         """A value that is not yet in the set `taken`, and joins it: of a type that suits the attribute, or anything at all."""
@@ -621,8 +622,7 @@ class World:
             attribute, phrase = self.untold(other, told), relation.phrase
             if self.random() < 0.5:     # what is told, but of another relative
                 attribute = told[0]
-                while phrase == relation.phrase:
-                    phrase = self.pick(self.relations).phrase
+                phrase = self.pick([other.phrase for other in self.relations if other.name not in relation.clashes])
             questions += self.ask(attribute, one._replace(name=f"{one.name}'s {phrase}"), "", [], "unanswerable")[:1]
         return self.finish(self.weave(*stories), questions, {one.key, other.key})
 
@@ -639,7 +639,7 @@ class World:
         by_ways = [Question(question.question.replace(other.name, by_way), question.answer, [link, *question.support], "two_hop", self.trained)
                    for question in asked]
         if self.random() < UNANSWERABLE:        # what is told, but of another relative
-            phrase = self.pick([r.phrase for r in self.relations if r.phrase != relation.phrase])
+            phrase = self.pick([other.phrase for other in self.relations if other.name not in relation.clashes])
             by_ways.append(Question(self.pick(asked).question.replace(other.name, f"{one.name}'s {phrase}"), "", [], "unanswerable", self.trained))
         if self.random() < 0.5:                 # the first person's own, a hard negative
             own, more = self.play(one, [scene], taken, keys)

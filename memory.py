@@ -60,6 +60,7 @@ class MemoryConfig(Settings):
     match: bool = True               # False: candidates are ranked by their keys alone
     said: bool = True                # False: readers don't know which words of an episode the question has said itself
     marks: bool = True               # False: nor does the reading attention mark where the answer begins and ends
+    follow: bool = True              # False: nor do they know where in an episode the words stand that have just been said
     graph: bool = True               # False: keys without the GAT
     time_edges: bool = True          # previous <-> next; and a pronoun's sentence borrows the words of the two before it
     similar_edges: bool = True       # later candidates may silence earlier ones; this, said and borrowing need match
@@ -239,6 +240,8 @@ NEAR = 2                             # tokens before and after one that may be w
 WORDS = 12                           # the most telling words of a question are compared
 FOUND = 6                            # and as many tokens that the first hop found: those of a name, if it was asked by way of somebody
 LEAST = -8.0                         # log-probability of what is as good as ruled out
+FOLLOWED = 6                         # tokens of the answer up to now that are looked for in the episodes
+NOTHING = -2                         # the id of no token: where no answer has been said yet
 WINDOW = 32                          # tokens that ask together where no prompt is marked
 HUSHED = 0.1                         # and what they find is heard where null weighs less than this: nobody may have asked
 
@@ -282,6 +285,7 @@ class Reading:
     end_weights: torch.Tensor = None # (R, T, H, r): on the end that stands behind each, "I have nothing more to say"
     end: int = -1                    # the token that this end is
     place: torch.Tensor = None       # (R, r, M) where these tokens are in the TokenStore, at the last hop
+    fits: list = None                # (R, H, r): what the reader alone says for each of them, against 0 for null
     marks: list = None               # (R, r, M, 2): where in each of them an answer begins, and where it ends
 
 
@@ -317,6 +321,9 @@ class MemoryInjectionLayer(nn.Module, Injection):
             nn.init.zeros_(self.token_key_before[-1].weight)               # which starts silent
             self.log_token_temperature = nn.Parameter(torch.full((H,), 5.0).log())
             self.end_key = nn.Parameter(torch.randn(H, config.token_key_dim) / config.token_key_dim ** 0.5)
+            if config.follow:
+                self.goes_on = nn.Linear(2 * D, H)
+                nn.init.zeros_(self.goes_on.weight), nn.init.constant_(self.goes_on.bias, 0.5)             # true from the start
         if meaning:
             self.meaning = nn.Linear(told, meaning, bias=False)
             self.understand = ReadingAttention(2 * D, D, meaning, config.reading_layers)
@@ -396,16 +403,17 @@ class MemoryInjectionLayer(nn.Module, Injection):
 
     # -- asking
 
-    def read(self, x, question, view, memo=None):
+    def read(self, x, question, view, memo=None, ids=None):
         """x (R, T, F) features of the positions that read; question: a Question. Returns a Reading.
 
-        memo: a dict that keeps what the question chose, for `read_on` at later positions.
+        memo: a dict that keeps what the question chose, for `read_on` at later positions. ids (R, T): the tokens at these positions,
+        if the answer is among them.
         """
         asks = torch.arange(len(x), device=x.device), question.last().clamp(max=x.shape[1] - 1)            # its last position chooses for all
         of_all = self.query_pool(question.pool())                          # what the question as a whole asks
         asking = x[asks][:, None]                                          # (R, 1, F)
         spare = 0 if memo is None else -(view.tokens.longest + 1) % 32     # what is kept differs less in shape: see extras/compiled.py
-        reading, found = Reading(None, [], [], [], [], [], None, None, None, self.end, None, []), None
+        reading, found = Reading(None, [], [], [], [], [], None, None, None, self.end, None, [], []), None
         for hop in range(self.config.hops):
             if hop:
                 # What was found asks on: "Maria's brother is Tom" turns a question about Maria into one about Tom.
@@ -415,7 +423,8 @@ class MemoryInjectionLayer(nn.Module, Injection):
                 of_all = of_all + self.hop_query[hop - 1](found.context)[:, None]
             query = self.queries(self.query_own, asking, of_all)
             kept = self.choose(hop, question, self.heads(query)[:, 0], found, view, spare, reading)
-        weights, inside, reading.context = self.attend(hop, x, self.queries(self.query_own, x, of_all), kept)
+        answer = None if ids is None else ids.masked_fill(F.pad(question.mask, (0, ids.shape[1] - question.mask.shape[1])), NOTHING)
+        weights, inside, reading.context = self.attend(hop, x, self.queries(self.query_own, x, of_all), kept, self.so_far(answer, memo))
         reading.weights.append(weights)
         reading.token_weights, reading.end_weights = inside[..., :-1], inside[..., -1]
         if memo is not None:
@@ -459,7 +468,8 @@ class MemoryInjectionLayer(nn.Module, Injection):
             # 3. Side by side with the question, what do these say to it?
             meant = self.understand(question.features, question.mask, found.context if found else None, view.tokens.keys_at(place, self.mean_by), real)   # (R, r, M, dim)
             token_keys = F.normalize(token_keys + self.heads(self.understood_key(meant)).float(), dim=-1).to(token_keys.dtype)
-            fits = self.judge(meant, real, keys_read, told.gather(1, top))
+            fits = self.judge(meant, real, keys_read, told.gather(1, top)).masked_fill(~valid.gather(1, top)[:, None], -1e4)
+            reading.fits.append(fits)
             evidence = evidence.scatter_add(2, top[:, None].expand_as(fits), fits)
             ranked = weigh(evidence)
         kept = dict(keys=keys_read, valid=valid.gather(1, top), count=count, evidence=evidence.take_along_dim(top[:, None], 2),
@@ -472,22 +482,43 @@ class MemoryInjectionLayer(nn.Module, Injection):
             marks = self.marks(meant).float().masked_fill(~real[..., None], -1e4).log_softmax(2)           # (R, r, M, 2)
             kept["marks"] = F.pad(marked(marks), (0, 0, 0, 1)).to(at.dtype)                                # nothing speaks against the end
             reading.marks.append(marks)
+        if hasattr(self, "goes_on"):
+            # Where nobody has marked that, an answer may begin anywhere and go on for as long as it likes.
+            edges = (marks - marks.amax(2, keepdim=True)).clamp(min=LEAST) if hasattr(self, "marks") else torch.tensor([LEAST / 2, 0.0], device=at.device)
+            kept["begins"], kept["ends"] = edges.detach().expand(*ids.shape, 2).to(at.dtype).unbind(-1)
+            kept["ids"] = ids.masked_fill(~real, -1)
         if hasattr(self, "said_weight"):
             kept["said"] = F.pad(said.take_along_dim(top[:, None, :, None], 2), (0, spare))                # (R, H, r, M)
         reading.asked.append(asked), reading.candidates.append(best), reading.ranked.append(ranked), reading.chosen.append(chosen)
         reading.token_ids, reading.place = ids.masked_fill(~real, -1), place
         return kept
 
-    def read_on(self, x, memo):
-        """What later positions read, x (R, T, F), of the episodes that the question chose: context (R, T, H, D)."""
-        return self.attend(self.config.hops - 1, x, self.queries(self.query_own, x, memo["query"]), memo)[2]
+    def read_on(self, x, memo, ids):
+        """What later positions read, x (R, T, F), their tokens ids (R, T), of the episodes that the question chose: context (R, T, H, D)."""
+        query = self.queries(self.query_own, x, memo["query"])
+        return self.attend(self.config.hops - 1, x, query, memo, self.so_far(ids, memo))[2]
+
+    def so_far(self, answer, memo):
+        """Tokens of the answer (R, T) at the positions of this pass, NOTHING where they are none of it, behind those before: (R, FOLLOWED - 1 + T).
+
+        memo keeps the last ones, each at its place in the cache modulo FOLLOWED: a step of one token may run once more.
+        """
+        if answer is None or not hasattr(self, "goes_on"):
+            return None
+        if memo is None:
+            return F.pad(answer, (FOLLOWED - 1, 0), value=NOTHING)
+        said, T = memo.setdefault("answer", torch.full_like(answer[:, :1], NOTHING).repeat(1, FOLLOWED)), answer.shape[1]
+        slots = (self.position - T + torch.arange(1 - FOLLOWED, T, device=answer.device)) % FOLLOWED
+        answer = torch.cat((said[:, slots[:FOLLOWED - 1]], answer), 1)
+        said.index_copy_(1, slots[-FOLLOWED:], answer[:, -FOLLOWED:])
+        return answer
 
     def queries(self, own, x, of_all):
         """What positions x (R, T, F) ask with: their own part and that of the question as a whole, of_all (R, 1, H * C)."""
         return of_all + own(x) if self.config.query == "token" else of_all.expand(*x.shape[:2], -1)        # (R, T, H * C)
 
-    def attend(self, hop, x, query, kept):
-        """Every position for itself, among the episodes that are read. kept: what `choose` found out about these.
+    def attend(self, hop, x, query, kept, answer=None):
+        """Every position for itself, among the episodes that are read. kept: what `choose` found out about these; answer: see `so_far`.
 
         Returns log-weights (R, T, H, r + 1) of the episodes and null, attention inside each (R, T, H, r, M + 1), the end last,
         context (R, T, H, D).
@@ -495,7 +526,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         # 4. Which of them, or null?
         weights = self.gnn.log_weights(self.heads(query), kept["keys"], kept["valid"], kept["count"], kept["evidence"])
         # 5. Which tokens inside them, or the end of what they have to say?
-        inside = self.weigh_tokens(hop, x, kept)
+        inside = self.weigh_tokens(hop, x, kept, answer)
         return weights, inside, self.gnn.pooled_context(weights, inside, kept["values"])
 
     def compare(self, hop, question, found, view, memory, best):
@@ -563,7 +594,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
             fits = fits + self.outdated(fits.mean(2), keys, whole, told)[..., None]
         return fits.mT
 
-    def weigh_tokens(self, hop, x, kept):
+    def weigh_tokens(self, hop, x, kept, answer=None):
         """Attention over the tokens of each episode and its end: (R, T, H, r, M + 1). With read="episode" all tokens weigh the same."""
         if self.config.read == "episode":
             real = F.pad(kept["real"][..., :-1], (0, 1))
@@ -580,6 +611,10 @@ class MemoryInjectionLayer(nn.Module, Injection):
         if "marks" in kept:
             # Where the question ends the answer begins; later it goes on inside.
             scores = scores + torch.einsum("rthf,rkmf->rthkm", self.heads(self.mark_query[hop](x)).to(scores.dtype), kept["marks"].to(scores.dtype))
+        if answer is not None:
+            # What stands behind the words that have just been said goes on with them.
+            follow = followed(answer, kept["ids"], kept["begins"], kept["ends"])                           # (R, T, r, M + 1)
+            scores = scores + (self.goes_on(x)[..., None, None] * follow[:, :, None]).to(scores.dtype)
         return scores.masked_fill(~kept["real"][:, None, None], -1e4).softmax(-1)
 
     def inject(self, h, context, silent):
@@ -595,7 +630,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
 
     def begin(self, input_ids, attention_mask, question_mask, cache):
         real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
-        self.input_ids = input_ids
+        self.input_ids, self.position = input_ids, None if cache is None else cache.position               # which this pass moves on
         self.speaking = real & (input_ids != BOS)                          # <bos>, an outlier, neither asks nor listens
         self.question = None if question_mask is None else question_mask.bool() & self.speaking
         self.memo = None if cache is None else cache.memory                # full while decoding: the question was put at prefill
@@ -605,9 +640,9 @@ class MemoryInjectionLayer(nn.Module, Injection):
             return h
         x, heard = self.features(self.input_ids, h), self.speaking
         if self.memo:
-            context = self.read_on(x, self.memo)
+            context = self.read_on(x, self.memo, self.input_ids)
         elif self.question is not None:
-            self.reading = self.read(x, Question(x, self.question), self.view, self.memo)
+            self.reading = self.read(x, Question(x, self.question), self.view, self.memo, self.input_ids)
             context = self.reading.context
         else:
             context, sure = self.read_everywhere(x)
@@ -637,6 +672,27 @@ def marked(marks):
         begun, over = marks[..., 0].exp() @ upto, marks[..., 1].exp() @ upto.mT
     both = torch.stack((marks[..., 0], (begun * over).clamp(min=1e-6).log()), -1)
     return (both - both.amax(-2, keepdim=True)).clamp(min=LEAST)
+
+
+@torch.no_grad()
+def followed(answer, ids, begins, ends):
+    """How well each token of the episodes, and the end behind them, goes on with what has been said: (R, T, r, M + 1), LEAST to 0.
+
+    answer (R, FOLLOWED - 1 + T): token ids up to each of T positions, NOTHING where none is of the answer; ids (R, r, M); begins and
+    ends (R, r, M): how likely it is that the answer begins and ends there, log, against the likeliest. What stands behind the token that
+    was said last goes on with it, the better the more of those before it stand there too, back to where the answer may have begun:
+    "3B3J9J" has two J. Where it may have ended, its end does. An answer that has begun hardly begins once more, but "Oslo and Rome" does.
+    """
+    T, M, here, said = answer.shape[1] - FOLLOWED + 1, ids.shape[2], True, torch.tensor(LEAST, dtype=begins.dtype, device=ids.device)
+    before = lambda x, back, fill: F.pad(x, (back, 0), value=fill)[..., :M]
+    for back in range(FOLLOWED):
+        at = FOLLOWED - 1 - back
+        here = here & (answer[:, at:at + T, None, None] == before(ids, back, -1)[:, None])                 # (R, T, r, M)
+        begun = (answer[:, at - 1:at - 1 + T] != NOTHING)[..., None, None] * LEAST / 2 if at else 0.0      # before these
+        start = (before(begins, back, LEAST)[:, None] + begun).clamp(min=LEAST) / 2 ** back
+        said = torch.where(here, torch.maximum(said, start.to(said.dtype)), said)
+    end = (said + ends[:, None]).amax(-1, keepdim=True).clamp(min=LEAST)
+    return torch.cat((before(said, 1, LEAST), end), -1)
 
 
 def heaviest(log_weights, k):

@@ -8,10 +8,11 @@ ordinary text is run through layers 1..8 once (extras/pool.py), and every traini
 A step then runs the graph network, the injection and the layers above, forward and backward, with logits at answer positions
 only. The loop is the same for every design; what a step and an evaluation are, its Lesson says.
 
-A batch is G memories of up to N episodes with R / G questions each; nothing loops over it. Four losses:
+A batch is G memories of up to N episodes with R / G questions each; nothing loops over it. Five losses:
   * cross-entropy on the answer's tokens,
   * retrieval: minus the log of the attention on the episodes that hold the answer, or on the null episode where none does,
   * copying: minus the log of the attention on the tokens, inside those episodes, that the answer goes on with,
+  * judging: the same as retrieval, for what the reader alone makes of the few episodes that it has read,
   * marking: minus the log of the probability of where, in those episodes, the answer begins and ends.
 
 Letters as in memory.py, and P bundles of the pool (a bundle is a few sentences that belong together, see data_gen.py).
@@ -62,6 +63,7 @@ class TrainConfig:
     clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
     retrieval: float = field(default=0.3, metadata={"help": "weight of the retrieval loss"})
     copying: float = field(default=0.5, metadata={"help": "weight of the copying loss"})
+    judging: float = field(default=0.3, metadata={"help": "weight of the judging loss"})
     marking: float = field(default=0.3, metadata={"help": "weight of the marking loss"})
     unknown: float = field(default=0.1, metadata={"help": "share of questions about somebody the memory never heard of"})
     text: float = field(default=0.06, metadata={"help": "share of rows that are ordinary text, for which the memory is to be silent"})
@@ -82,7 +84,7 @@ class TrainConfig:
         """Raise InputError for settings that can't be trained with."""
         variants.check_name(self.variant)
         for name, least in dict(steps=1, batch=8, accumulate=1, bundles=1, facts=8, first_facts=1, eval_every=1, tokens=16, workers=0, warmup=0, patience=0, minutes=0,
-                                lr=0, weight_decay=0, clip=0, retrieval=0, copying=0, marking=0, unknown=0, text=0).items():
+                                lr=0, weight_decay=0, clip=0, retrieval=0, copying=0, judging=0, marking=0, unknown=0, text=0).items():
             if not getattr(self, name) >= least:
                 raise InputError(f"expected --{name.replace('_', '-')} of at least {least}, got {getattr(self, name)}.")
         for name, least, most in (("hard", 0.001, 1000), ("lr", 0, 1000), ("tokens", 16, 4096), ("seed", -10 ** 10, 10 ** 10)):
@@ -134,7 +136,7 @@ def forward(model, pool, batch, T, silent=False):
     asked = pool.questions(batch, T)
     h = pool.sequences.keys[asked.place].masked_fill(~asked.real[..., None], 0.0)
     x = injection.features(asked.ids, h)
-    reading = injection.read(x, Question(x[:, :asked.longest], asked.question[:, :asked.longest]), memories(model, pool, batch))
+    reading = injection.read(x, Question(x[:, :asked.longest], asked.question[:, :asked.longest]), memories(model, pool, batch), ids=asked.ids)
     h = h if silent else injection.inject(h, reading.context, ~asked.spoken)
     h = run_above(gemma, h, asked.real, after) if after < len(gemma.layers) else h
     return dict(asked.answers(gemma, h), reading=reading, spoken=asked.spoken, answering=asked.answering)
@@ -150,12 +152,16 @@ def run_above(gemma, h, real, after):
     return torch.cat(out).index_select(0, order.argsort())
 
 
+def among(target, rows):
+    """Which of some episodes are wanted, and whether null is: target (R, N + 1), null last, rows (R, k) -> (R, k + 1)."""
+    return torch.cat((target[:, :-1].gather(1, rows), target[:, -1:]), 1)
+
+
 def retrieval_loss(batch, out, hops):
     """- log attention on what should be attended to, mean over heads and hops: (over all episodes, over the candidates
     compared word by word, at answer positions of the last hop). The right episode may be missing among the candidates: then only the first counts."""
     reading, is_text = out["reading"], (batch["kind"] == TEXT)[:, None]
     at_prompt, at_candidates = 0.0, 0.0
-    among = lambda target, rows: torch.cat((target[:, :-1].gather(1, rows), target[:, -1:]), 1)
     for hop in range(hops):
         asked = reading.asked[hop]                                                             # (R, H, N + 1)
         target = wanted(batch, hop, hops, asked.shape[-1] - 1)
@@ -186,6 +192,17 @@ def copying_loss(batch, out, hops):
     mass = (weights * inside).sum(-1)                                                          # (n, H)
     can = hit.flatten(1).any(1) | ends.any(1)
     return -((mass + 1e-6).log().mean(1) * can).sum() / can.sum().clamp(min=1)
+
+
+def judging_loss(batch, out, hops):
+    """- log of the share that the right episodes among those read, or null, have in what the reader says of them, mean over heads and
+    hops. Keys and words find most of what is asked in wordings that training knows, and would leave the reader nothing to learn."""
+    reading, total = out["reading"], 0.0
+    for hop, fits in enumerate(reading.fits):                                                  # (R, H, r)
+        right = among(wanted(batch, hop, hops, reading.asked[hop].shape[-1] - 1), reading.chosen[hop])         # (R, r + 1)
+        mass = F.pad(fits, (0, 1)).log_softmax(-1).masked_fill(~right[:, None], -1e4).logsumexp(-1).mean(1)    # (R,)
+        total = total - (mass * right.any(1)).sum() / right.any(1).sum().clamp(min=1)
+    return total / max(1, len(reading.fits))
 
 
 def marking_loss(batch, out, hops):
@@ -234,9 +251,9 @@ class GraphLesson:
         out = forward(model, self.pool, batch, settings.tokens)
         answer_loss = F.cross_entropy(out["logits"].float(), out["targets"])
         retrieval = retrieval_loss(batch, out, model.config.hops)
-        copying, marking = (loss(batch, out, model.config.hops) for loss in (copying_loss, marking_loss))
-        return dict(loss=answer_loss + settings.retrieval * sum(retrieval) + settings.copying * copying + settings.marking * marking,
-                    answer_loss=answer_loss, retrieval_loss=torch.stack(retrieval), copying_loss=copying, marking_loss=torch.as_tensor(marking))
+        copying, judging, marking = (torch.as_tensor(loss(batch, out, model.config.hops)) for loss in (copying_loss, judging_loss, marking_loss))
+        return dict(loss=answer_loss + settings.retrieval * sum(retrieval) + settings.copying * copying + settings.judging * judging + settings.marking * marking,
+                    answer_loss=answer_loss, retrieval_loss=torch.stack(retrieval), copying_loss=copying, judging_loss=judging, marking_loss=marking)
 
     def evaluate(self, **options):
         return evaluate(self.model, self.held_out, self.settings, **options)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from extras import blocks
 from extras.memory_model import DONT_KNOW
 from gemma import BOS, PAD, Gemma, InputError, KVCache, Tokenizer
-from memory import FOUND, HUSHED, LEAST, LOOKBACK, NEAR, WINDOW, WORDS, GemmaWithMemory, MemoryConfig, MemoryView, Question, TokenStore, parted
+from memory import (FOLLOWED, FOUND, HUSHED, LEAST, LOOKBACK, NEAR, NOTHING, WINDOW, WORDS, GemmaWithMemory, MemoryConfig, MemoryView, Question,
+                    TokenStore, followed, parted)
 from toy import FACTS, one_thread, toy_base, toy_model  # noqa: F401 (one_thread is a fixture)
 
 QUESTIONS = ["Where does Maria live?", "What is Tom's locker code?", "Who has the red bike that we saw yesterday?", "Who?"]
@@ -394,13 +395,15 @@ def test_reading_equals_the_slow_way(full):
     similarity.bias.fill_(0.0), layer.outdated.bias.fill_(0.0)
     layer.lookback.bias.fill_(2.0)
     layer.understood_key.weight.mul_(5.0), layer.fits.weight.mul_(5.0), layer.marks.weight.mul_(5.0)
-    for linear in (*layer.mark_query, *layer.by_way):
+    for linear in (*layer.mark_query, *layer.by_way, layer.goes_on):
         torch.nn.init.normal_(linear.weight, std=0.02), torch.nn.init.normal_(linear.bias)
     bounded = lambda x: 4 * torch.tanh(x / 4)
     H, D, N, k, r = config.heads, full.gemma.config.hidden_size, len(graph), config.candidates, config.readable
     assert r < k < N and config.hops == 2
     x, question = random_question(full, 1)
-    out = layer.read(x, question, graph.view(layer))
+    before = layer.read(x, question, graph.view(layer))
+    common = before.token_ids[0, 0, before.marks[1][0, 0, :, 0].argmax()].item()               # said after the question: where an answer may begin
+    out = layer.read(x, question, graph.view(layer), ids=torch.full((1, x.shape[1]), common))
     x, asking = x[0], question.mask[0].nonzero()[:, 0].tolist()
     last, after = asking[-1], len(x) - 1                                   # the position that asks, and one of the answer
     unit = lambda v: v / v.norm()
@@ -417,6 +420,7 @@ def test_reading_equals_the_slow_way(full):
         features = list(torch.cat((torch.stack(features), layer.sentence(torch.stack(features), torch.tensor([M]))), -1))
         tokens.append(list(zip(ids, features, zip([nothing, *features], [nothing, nothing, *features]))))
     sharp = [gnn.log_temperature[i].exp() * math.log(N + 2) / math.log(18) for i in range(H)]
+    followed_any = False
     added, found, read = torch.zeros(H, config.key_dim), None, []          # read: (how much, episode, token)
     for hop in range(2):
         score = {(p, i): [float(sharp[i] * unit(head(layer.query_own, x[p], i) + head(layer.query_pool, pool, i) + added[i]) @ key)
@@ -498,9 +502,20 @@ def test_reading_equals_the_slow_way(full):
                     heard = [sum(layer.said_weight[hop, i, d] * around[m + d] for d in range(2 * NEAR + 1)) for m in range(len(inside))]
                     end = asks @ unit(layer.end_key[i])                     # behind the last token
                     inside = torch.cat((inside + torch.stack(heard), end[None])) * layer.log_token_temperature[i].exp()
+                    # What stands behind what was just said, as far back as it does, to where the answer may have begun.
+                    spoken = [NOTHING if t in asking else common for t in range(p + 1)]
+                    again = [LEAST / 2 * (spoken[p - back - 1] != NOTHING and back < FOLLOWED - 1) for back in range(FOLLOWED)]
+                    stands = [max([LEAST, *(max(LEAST, relative(begins[n].tolist())[m - back] + again[back]) / 2 ** back for back in range(min(FOLLOWED, m + 1))
+                                            if all(spoken[p - j] == tokens[n][m - j][0] for j in range(back + 1)))]) for m in range(len(told[n]))]
+                    over = max(LEAST, *(stand + out_ for stand, out_ in zip(stands, relative(ends[n].tolist()))))
+                    follow = [LEAST, *stands[:-1], over]
+                    followed_any |= hop == 1 and max(follow) > LEAST
                     first, any_ = layer.mark_query[hop](x[p]).view(H, 2)[i]
                     marks = [first * a + any_ * b for a, b in zip(relative(begins[n].tolist()), relative(part_of[n]))]
-                    inside = (inside + torch.tensor([*marks, 0.0])).softmax(0)
+                    inside = inside + torch.tensor([*marks, 0.0])
+                    if hop == 1:                                           # the first finds, the last one speaks
+                        inside = inside + layer.goes_on(x[p])[i] * torch.tensor(follow)
+                    inside = inside.softmax(0)
                     if p == last:
                         read += [[float(shares[i, c] * inside[m]) / H, n, m] for m in range(len(told[n]))]
                     values = [value(token) for token, _, _ in tokens[n]] + [value(layer.end)]
@@ -515,6 +530,7 @@ def test_reading_equals_the_slow_way(full):
             read = [(sum(w for w, *at in read if at == [n, m]), n, m) for n in chosen for m in range(len(told[n]))]
             found = context[last].mean(0)
             added = layer.hop_query[0](found).view(H, -1)
+    assert followed_any
     for p in context:
         torch.testing.assert_close(out.context[0, p], context[p], rtol=5e-3, atol=5e-3)
     h = torch.randn(1, 1, D)
@@ -522,6 +538,60 @@ def test_reading_equals_the_slow_way(full):
     added = layer.inject(h, out.context[:, after:after + 1], torch.tensor([[False]]))
     torch.testing.assert_close(added[0, 0], h[0, 0] + delta, rtol=5e-3, atol=5e-3)
     assert torch.equal(layer.inject(h, out.context[:, :1], torch.tensor([[True]])), h)
+
+
+def test_followed_by_hand():
+    """Catches a word that stands elsewhere too, what stands before it left out, a run across the question or past the episode's start,
+    one that didn't begin where the answer may, and an end where nothing ends."""
+    code = torch.tensor([[[3, 11, 3, 10, 9, 10, -1], [7, 3, 11, 5, -1, -1, -1]]])              # 3B3J9J, and another with 3B in it
+    begins = torch.full(code.shape, LEAST)
+    begins[0, 0, 0], begins[0, 1, 1] = 0.0, -4.0
+    ends = torch.full(code.shape, LEAST)
+    ends[0, 0, 5] = -1.0
+    said = torch.tensor([[NOTHING] * (FOLLOWED - 1) + [NOTHING, 3, 11, 3, 10, 9, 10, 4]])
+    out = followed(said, code, begins, ends)
+    L = LEAST
+    assert out.shape == (1, 8, 2, 8) and (out[0, 0] == L).all() and (out[0, 7] == L).all()     # nothing said; what stands nowhere
+    assert out[0, 1, 0].tolist() == [L, 0, L, L, L, L, L, L] and out[0, 1, 1].tolist() == [L, L, -4, L, L, L, L, L]
+    assert out[0, 2, 1].tolist() == [L, L, L, -2, L, L, L, L] and out[0, 4, 1].tolist() == [L] * 8           # said more of it: likelier; then not
+    assert out[0, 3, 0].tolist() == [L, L / 2, L, 0, L, L, L, L]           # the second 3 is known by what stands before it
+    assert out[0, 4, 0].tolist() == [L, L, L, L, 0, L, L, L]               # and the first J
+    assert out[0, 6, 0].tolist() == [L, L, L, L, L, L, 0, -1]              # the last one: there the answer may end
+    unmarked = followed(said, code, torch.full(code.shape, L), torch.zeros(code.shape))
+    assert unmarked[0, 3, 0].tolist() == [L, L, L, L / 4, L, L, L, L / 4]             # the longest run counts, where nothing is marked
+    long = torch.arange(20).view(1, 1, 20)
+    run = followed(torch.arange(19).view(1, -1), long, torch.full((1, 1, 20), L), torch.full((1, 1, 20), L))
+    assert run[0, -1, 0].tolist() == [L] * 19 + [L / 2 ** (FOLLOWED - 1), L]                   # no further back than this
+
+
+@torch.no_grad()
+def test_what_was_said_is_followed_step_by_step_as_at_once(full):
+    """Catches words of the answer that are forgotten from one step to the next, kept from the request before, or counted twice where
+    a step is run once more; and steps of several tokens, fewer and more than are followed."""
+    layer = full.injection
+    torch.nn.init.normal_(layer.goes_on.weight, std=0.1)
+    layer.goes_on.bias.fill_(2.0)
+    prompt, answer = full.prompt("Where does Maria live?"), full.tokenizer.encode(" Her brother is Tom. Ana works in Oslo.", bos=False)
+    ids = torch.tensor([prompt + answer])
+    asks = (torch.arange(ids.shape[1]) < len(prompt))[None]
+    full._open()
+    whole = full.gemma(ids, question_mask=asks, injection=layer)[0, len(prompt):]
+    layer.goes_on.bias.fill_(0.0), layer.goes_on.weight.zero_()
+    assert (full.gemma(ids, question_mask=asks, injection=layer)[0, len(prompt):] - whole).abs().max() > 1e-3
+    torch.nn.init.normal_(layer.goes_on.weight, std=0.1), layer.goes_on.bias.fill_(2.0)
+    whole = full.gemma(ids, question_mask=asks, injection=layer)[0, len(prompt):]
+    for sizes in ([1] * len(answer), [2, 3] * len(answer), [FOLLOWED + 2] * len(answer)):
+        cache, parts, at = KVCache(full.gemma.config, 1, 128, torch.float32, "cpu"), [], len(prompt)
+        full.gemma(ids[:, :at], question_mask=asks[:, :at], cache=cache, injection=layer)
+        while at < ids.shape[1]:
+            step = ids[:, at:at + sizes.pop(0)]
+            position, seen = cache.position.clone(), cache.seen.clone()
+            if step.shape[1] == 1:                                         # one that is recorded or failed to compile runs again
+                full.gemma(step, cache=cache, injection=layer)
+                cache.position.copy_(position), cache.seen.copy_(seen)
+            parts.append(full.gemma(step, cache=cache, injection=layer)[0])
+            at += step.shape[1]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

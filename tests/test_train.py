@@ -434,6 +434,20 @@ def test_copying_loss_by_hand():
     assert loss(8) == pytest.approx(-math.log(0.2 * 0.4) / 2, rel=1e-4) and loss(7) == loss(9, 9) == 0
 
 
+def test_judging_loss_by_hand():
+    """Catches a null that isn't worth 0, a right episode that wasn't read and counts all the same, heads added up before the logarithm,
+    and one hop's questions held against the other's."""
+    fits = log([4.0, 2.0], [1.0, 0.5])[None].expand(3, -1, -1)                                 # (R, H, r), over 4 + 2 + 1 and 1 + 0.5 + 1
+    chosen = [torch.tensor([[2, 0], [1, 0], [0, 1]]), torch.tensor([[0, 1], [2, 1], [0, 1]])]
+    reading = Reading(None, [torch.zeros(3, 2, 4)] * 2, None, None, chosen, None, None, None, fits=[fits] * 2)
+    # As in ROWS: a lookup of episode 2, two hops by way of 0 to 2, and one that can't be answered. At the second hop the lookup's isn't read.
+    loss = lambda one, other: -(math.log(one / 7) + math.log(other / 2.5)) / 2
+    first, second, null = loss(4, 1), loss(2, 0.5), loss(1, 1)
+    assert train.judging_loss(ROWS, dict(reading=reading), 2).item() == pytest.approx(((first + second + null) / 3 + (first + null) / 2) / 2, rel=1e-4)
+    reading.fits = []                                                      # a design without a reader
+    assert train.judging_loss(ROWS, dict(reading=reading), 2) == 0
+
+
 def test_marking_loss_by_hand():
     """Catches a mark in another episode or hop than the right one, rows that have none or whose sentence wasn't read and count all
     the same, and the two hops of a two-hop question mixed up."""
@@ -457,11 +471,11 @@ def test_marking_loss_by_hand():
 def test_the_loss_holds_its_parts_by_their_weights(shipped, pool):
     """Catches a part that is worked out and logged, and that nothing learns from."""
     model = untrained(shipped, pool, MemoryConfig(reading_layers=1))
-    part = lambda **weights: train.GraphLesson(model, replace(SETTINGS, **{**dict(retrieval=0, copying=0, marking=0), **weights}), (pool, pool)).loss(
+    part = lambda **weights: train.GraphLesson(model, replace(SETTINGS, **{**dict(retrieval=0, copying=0, judging=0, marking=0), **weights}), (pool, pool)).loss(
         8, torch.Generator().manual_seed(1))
     alone = part()
     assert alone["loss"] == alone["answer_loss"] and alone["marking_loss"] > 1
-    for name in ("retrieval", "copying", "marking"):
+    for name in ("retrieval", "copying", "judging", "marking"):
         assert (part(**{name: 2.0})["loss"] - alone["loss"]).item() == pytest.approx(2 * alone[f"{name}_loss"].sum().item(), rel=1e-3)
 
 
@@ -567,7 +581,7 @@ def test_every_operation_of_a_step_can_be_deterministic(shipped, pool):
     with Watch():
         out = train.forward(model, pool, batch, SETTINGS.tokens)
         loss = F.cross_entropy(out["logits"].float(), out["targets"]) + sum(train.retrieval_loss(batch, out, 2)) + train.copying_loss(batch, out, 2)
-        (loss + train.marking_loss(batch, out, 2)).backward()
+        (loss + train.judging_loss(batch, out, 2) + train.marking_loss(batch, out, 2)).backward()
     assert used > {"scatter_reduce", "index_add", "nll_loss_backward"}
     assert not used & {"put", "put_", "histc", "bincount", "median", "nanmedian", "kthvalue", "cumsum of floats", "nll_loss2d_forward", "_embedding_bag"}
 
