@@ -115,7 +115,7 @@ class TokenStore:
     def keys_at(self, place, part):
         """A part (a slice) of the keys of the tokens at `place` (...): (..., width), on the device of `place`, wherever they
         are kept. What is kept in half precision is computed with in full."""
-        keys = self.keys[:, part][place.to(self.keys.device)].to(place.device)
+        keys = rows(self.keys[:, part], place.to(self.keys.device)).to(place.device)
         return keys.float() if keys.dtype == torch.float16 else keys
 
     def joined(self, others):
@@ -123,6 +123,11 @@ class TokenStore:
         stores = (self, *others)
         ids, keys, lengths = (torch.cat([getattr(store, name) for store in stores]) for name in ("ids", "keys", "lengths"))
         return TokenStore(ids, keys, lengths, max(store.longest for store in stores))
+
+
+def rows(x, at):
+    """x[at] for a tensor `at` of any shape; unlike that of an index, its gradient is added up without sorting, ten times as fast on a CPU."""
+    return x.index_select(0, at.flatten()).unflatten(0, at.shape)
 
 
 @dataclass
@@ -448,7 +453,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         # 1. Which episodes? The best k by their keys.
         asked = self.gnn.log_weights(at.view(G, R // G, config.heads, -1), view.keys, view.valid, count).view(R, config.heads, N + 1)
         best = heaviest(asked, config.candidates)                                                          # (R, k)
-        keys, valid, count = view.keys[memory, best], view.valid[memory, best], count.repeat_interleave(R // G)
+        keys, valid, count = rows(view.keys.flatten(0, 1), memory * N + best), view.valid[memory, best], count.repeat_interleave(R // G)
         told = best.masked_fill(~valid, -1)                                                                # an empty place silences nobody
         weigh = lambda evidence: self.gnn.log_weights(at[:, None], keys, valid, count, evidence)[:, 0]     # (R, H, k + 1)
         evidence = keys.new_zeros(R, config.heads, best.shape[1])

@@ -44,11 +44,11 @@ UNENDING = 10**6                            # steps of a run that ends by the cl
 
 # ------------------------------------------------------------------------------------------------------ the designs
 
-PLAN = dict(node_features="embedding", query="pooled", read="episode", identity_values=False, cosine_keys=False, sentence_layers=0, reading_layers=0, match=False, said=False, marks=False,
+PLAN = dict(node_features="embedding", query="pooled", read="episode", identity_values=False, cosine_keys=False, sentence_layers=0, reading_layers=0, match=False, said=False, marks=False, follow=False,
             graph=False, time_edges=False, similar_edges=False, hops=1, open_words=False, retrieval=0.0, copying=0.0)
 
-# Edges in time and the GAT come together: neither does anything without the other, as long as no words are compared. So do marks and
-# the reader that makes them.
+# Edges in time and the GAT come together: neither does anything without the other, as long as no words are compared. So do the
+# reader, the marks that it makes, and what is followed from them.
 RUNGS = (
     ("plan", "the original plan: mean embeddings, one pooled query, closed word lists", {}),
     ("open-words", "values from the whole vocabulary", dict(open_words=True)),
@@ -66,7 +66,7 @@ RUNGS = (
     ("said", "readers know what the question says itself", dict(said=True)),
     ("similar-edges", "later episodes silence earlier ones", dict(similar_edges=True)),
     ("two-hops", "asks twice", dict(hops=2)),
-    ("reading", "question and episode side by side: the final design", dict(reading_layers=1, marks=True)),
+    ("reading", "question and episode side by side: the final design", dict(reading_layers=1, marks=True, follow=True)),
 )
 TAKEN_AWAY = (
     ("without-time-edges", "no edges in time, and no words borrowed", dict(time_edges=False)),

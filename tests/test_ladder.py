@@ -49,7 +49,7 @@ def test_one_change_a_rung_from_the_plan_to_the_defaults():
         assert differing(before.choices, rung.choices) == set(rung.changes), rung.name
         # The GAT and its edges come together: one without the other changes nothing there.
         # So do the reader and its marks.
-        assert len(rung.changes) == 1 or rung.changes in (dict(graph=True, time_edges=True), dict(reading_layers=1, marks=True)), rung.name
+        assert len(rung.changes) == 1 or rung.changes in (dict(graph=True, time_edges=True), dict(reading_layers=1, marks=True, follow=True)), rung.name
     settings = dict(model="toy", steps=7, batch=16)
     assert rungs[-1].name == ladder.FINAL and rungs[-1].configs(settings, False) == (TrainConfig(**settings), MemoryConfig(reading_layers=1))
     # Whatever can be switched in a memory is on the road; what is only a size is not.
