@@ -490,7 +490,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         if hasattr(self, "goes_on"):
             # Where nobody has marked that, an answer may begin anywhere and go on for as long as it likes.
             edges = (marks - marks.amax(2, keepdim=True)).clamp(min=LEAST) if hasattr(self, "marks") else torch.tensor([LEAST / 2, 0.0], device=at.device)
-            kept["begins"], kept["ends"] = edges.detach().expand(*ids.shape, 2).to(at.dtype).unbind(-1)
+            kept["begins"], kept["ends"] = (edge.contiguous() for edge in edges.detach().expand(*ids.shape, 2).to(at.dtype).unbind(-1))
             kept["ids"] = ids.masked_fill(~real, -1)
         if hasattr(self, "said_weight"):
             kept["said"] = F.pad(said.take_along_dim(top[:, None, :, None], 2), (0, spare))                # (R, H, r, M)
