@@ -489,7 +489,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
             reading.marks.append(marks)
         if hasattr(self, "goes_on"):
             # Where nobody has marked that, an answer may begin anywhere and go on for as long as it likes.
-            edges = (marks - marks.amax(2, keepdim=True)).clamp(min=LEAST) if hasattr(self, "marks") else torch.tensor([LEAST / 2, 0.0], device=at.device)
+            edges = (marks - marks.amax(2, keepdim=True)).clamp(min=LEAST) if hasattr(self, "marks") else F.pad(at.new_full((1,), LEAST / 2), (0, 1))
             kept["begins"], kept["ends"] = (edge.contiguous() for edge in edges.detach().expand(*ids.shape, 2).to(at.dtype).unbind(-1))
             kept["ids"] = ids.masked_fill(~real, -1)
         if hasattr(self, "said_weight"):
@@ -688,7 +688,7 @@ def followed(answer, ids, begins, ends):
     was said last goes on with it, the better the more of those before it stand there too, back to where the answer may have begun:
     "3B3J9J" has two J. Where it may have ended, its end does. An answer that has begun hardly begins once more, but "Oslo and Rome" does.
     """
-    T, M, here, said = answer.shape[1] - FOLLOWED + 1, ids.shape[2], True, torch.tensor(LEAST, dtype=begins.dtype, device=ids.device)
+    T, M, here, said = answer.shape[1] - FOLLOWED + 1, ids.shape[2], True, begins.new_full((), LEAST)
     before = lambda x, back, fill: F.pad(x, (back, 0), value=fill)[..., :M]
     for back in range(FOLLOWED):
         at = FOLLOWED - 1 - back

@@ -149,6 +149,28 @@ def test_cuda_graphs_give_the_tokens_of_eager(folder):
     assert model.gemma.compiles
 
 
+@pytest.mark.parametrize("options", [{}, dict(marks=False), dict(reading_layers=0)])
+def test_reading_for_one_question_neither_waits_for_a_gpu_nor_sends_it_numbers(tmp_path, monkeypatch, options):
+    """Catches what can't be recorded as a CUDA graph, where CI has no GPU: a number asked for, or a tensor made of some, at a prompt or a step."""
+    model, read = GemmaWithMemory.from_pretrained(toy_model(tmp_path, **options)), []
+    model.add_to_memory(FACTS)
+    after_layer = model.injection.after_layer
+
+    def fail(*_, **__):
+        raise AssertionError("a wait for the GPU")
+
+    def watched(layer, h):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "tensor", fail)
+            for name in ("item", "tolist", "__int__", "__bool__", "__index__", "nonzero"):
+                patch.setattr(torch.Tensor, name, fail)
+            read.append(layer)
+            return after_layer(layer, h)
+    monkeypatch.setattr(model.injection, "after_layer", watched)
+    list(model.stream(torch.tensor([model.prompt(QUESTIONS[0])]), max_new_tokens=3, stop=()))
+    assert len(read) == 3 * len(model.gemma.layers)
+
+
 @pytest.mark.parametrize("possible", [True, False])
 def test_recorded_prompts_on_a_cpu(model, traced, monkeypatch, possible):
     """Catches a prompt that is answered from what another one found, or from a memory that has changed, and one that can't be recorded.
