@@ -622,7 +622,7 @@ class World:
             attribute, phrase = self.untold(other, told), relation.phrase
             if self.random() < 0.5:     # what is told, but of another relative
                 attribute = told[0]
-                phrase = self.pick([other.phrase for other in self.relations if other.name not in relation.clashes])
+                phrase = self.pick([another.phrase for another in self.relations if another.name not in relation.clashes])
             questions += self.ask(attribute, one._replace(name=f"{one.name}'s {phrase}"), "", [], "unanswerable")[:1]
         return self.finish(self.weave(*stories), questions, {one.key, other.key})
 
@@ -639,7 +639,7 @@ class World:
         by_ways = [Question(question.question.replace(other.name, by_way), question.answer, [link, *question.support], "two_hop", self.trained)
                    for question in asked]
         if self.random() < UNANSWERABLE:        # what is told, but of another relative
-            phrase = self.pick([other.phrase for other in self.relations if other.name not in relation.clashes])
+            phrase = self.pick([another.phrase for another in self.relations if another.name not in relation.clashes])
             by_ways.append(Question(self.pick(asked).question.replace(other.name, f"{one.name}'s {phrase}"), "", [], "unanswerable", self.trained))
         if self.random() < 0.5:                 # the first person's own, a hard negative
             own, more = self.play(one, [scene], taken, keys)

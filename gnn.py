@@ -121,7 +121,7 @@ def distances(place, reach):
     """How far each of the places (M,) is from each, at most `reach`, as the only 1 in a row of 0: (M, M, 2 * reach + 1). A product
     with it picks a row of a table, and adds up the row's gradient, faster than an index does."""
     far = (place - place[:, None]).clamp(-reach, reach) + reach
-    return F.one_hot(far, 2 * reach + 1).float()
+    return (far[..., None] == torch.arange(2 * reach + 1, device=place.device)).float()
 
 
 def by_length(lengths, parts, widest):

@@ -115,7 +115,7 @@ class TokenStore:
     def keys_at(self, place, part):
         """A part (a slice) of the keys of the tokens at `place` (...): (..., width), on the device of `place`, wherever they
         are kept. What is kept in half precision is computed with in full."""
-        keys = rows(self.keys[:, part], place.to(self.keys.device)).to(place.device)
+        keys = picked(self.keys[:, part], place.to(self.keys.device)).to(place.device)
         return keys.float() if keys.dtype == torch.float16 else keys
 
     def joined(self, others):
@@ -125,8 +125,8 @@ class TokenStore:
         return TokenStore(ids, keys, lengths, max(store.longest for store in stores))
 
 
-def rows(x, at):
-    """x[at] for a tensor `at` of any shape; unlike that of an index, its gradient is added up without sorting, ten times as fast on a CPU."""
+def picked(x, at):
+    """x[at] for a tensor `at` of one dimension or more; unlike that of an index, its gradient is added up without sorting, ten times as fast on a CPU."""
     return x.index_select(0, at.flatten()).unflatten(0, at.shape)
 
 
@@ -418,7 +418,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         of_all = self.query_pool(question.pool())                          # what the question as a whole asks
         asking = x[asks][:, None]                                          # (R, 1, F)
         spare = 0 if memo is None else -(view.tokens.longest + 1) % 32     # what is kept differs less in shape: see extras/compiled.py
-        reading, found = Reading(None, [], [], [], [], [], None, None, None, self.end, None, [], []), None
+        reading, found = Reading(None, [], [], [], [], [], None, None, None, self.end, fits=[], marks=[]), None
         for hop in range(self.config.hops):
             if hop:
                 # What was found asks on: "Maria's brother is Tom" turns a question about Maria into one about Tom.
@@ -453,7 +453,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         # 1. Which episodes? The best k by their keys.
         asked = self.gnn.log_weights(at.view(G, R // G, config.heads, -1), view.keys, view.valid, count).view(R, config.heads, N + 1)
         best = heaviest(asked, config.candidates)                                                          # (R, k)
-        keys, valid, count = rows(view.keys.flatten(0, 1), memory * N + best), view.valid[memory, best], count.repeat_interleave(R // G)
+        keys, valid, count = picked(view.keys.flatten(0, 1), memory * N + best), view.valid[memory, best], count.repeat_interleave(R // G)
         told = best.masked_fill(~valid, -1)                                                                # an empty place silences nobody
         weigh = lambda evidence: self.gnn.log_weights(at[:, None], keys, valid, count, evidence)[:, 0]     # (R, H, k + 1)
         evidence = keys.new_zeros(R, config.heads, best.shape[1])
@@ -487,15 +487,15 @@ class MemoryInjectionLayer(nn.Module, Injection):
             marks = self.marks(meant).float().masked_fill(~real[..., None], -1e4).log_softmax(2)           # (R, r, M, 2)
             kept["marks"] = F.pad(marked(marks), (0, 0, 0, 1)).to(at.dtype)                                # nothing speaks against the end
             reading.marks.append(marks)
-        if hasattr(self, "goes_on"):
-            # Where nobody has marked that, an answer may begin anywhere and go on for as long as it likes.
+        reading.token_ids, reading.place = ids.masked_fill(~real, -1), place
+        if hasattr(self, "goes_on") and hop == config.hops - 1:
+            # Where nobody has marked that, an answer may begin and end anywhere; half of LEAST leaves room for longer runs to count more.
             edges = (marks - marks.amax(2, keepdim=True)).clamp(min=LEAST) if hasattr(self, "marks") else F.pad(at.new_full((1,), LEAST / 2), (0, 1))
-            kept["begins"], kept["ends"] = (edge.contiguous() for edge in edges.detach().expand(*ids.shape, 2).to(at.dtype).unbind(-1))
-            kept["ids"] = ids.masked_fill(~real, -1)
+            kept["begins"], kept["ends"] = (edge.contiguous() for edge in edges.expand(*ids.shape, 2).to(at.dtype).unbind(-1))
+            kept["ids"] = reading.token_ids
         if hasattr(self, "said_weight"):
             kept["said"] = F.pad(said.take_along_dim(top[:, None, :, None], 2), (0, spare))                # (R, H, r, M)
         reading.asked.append(asked), reading.candidates.append(best), reading.ranked.append(ranked), reading.chosen.append(chosen)
-        reading.token_ids, reading.place = ids.masked_fill(~real, -1), place
         return kept
 
     def read_on(self, x, memo, ids):
@@ -504,7 +504,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         return self.attend(self.config.hops - 1, x, query, memo, self.so_far(ids, memo))[2]
 
     def so_far(self, answer, memo):
-        """Tokens of the answer (R, T) at the positions of this pass, NOTHING where they are none of it, behind those before: (R, FOLLOWED - 1 + T).
+        """Tokens of the answer (R, T) at the positions of this pass, NOTHING in the question's place, behind those before: (R, FOLLOWED - 1 + T).
 
         memo keeps the last ones, each at its place in the cache modulo FOLLOWED: a step of one token may run once more.
         """
@@ -512,7 +512,9 @@ class MemoryInjectionLayer(nn.Module, Injection):
             return None
         if memo is None:
             return F.pad(answer, (FOLLOWED - 1, 0), value=NOTHING)
-        said, T = memo.setdefault("answer", torch.full_like(answer[:, :1], NOTHING).repeat(1, FOLLOWED)), answer.shape[1]
+        if "answer" not in memo:
+            memo["answer"] = torch.full_like(answer[:, :1], NOTHING).repeat(1, FOLLOWED)
+        said, T = memo["answer"], answer.shape[1]
         slots = (self.position - T + torch.arange(1 - FOLLOWED, T, device=answer.device)) % FOLLOWED
         answer = torch.cat((said[:, slots[:FOLLOWED - 1]], answer), 1)
         said.index_copy_(1, slots[-FOLLOWED:], answer[:, -FOLLOWED:])

@@ -48,7 +48,7 @@ PLAN = dict(node_features="embedding", query="pooled", read="episode", identity_
             graph=False, time_edges=False, similar_edges=False, hops=1, open_words=False, retrieval=0.0, copying=0.0)
 
 # Edges in time and the GAT come together: neither does anything without the other, as long as no words are compared. So do the
-# reader, the marks that it makes, and what is followed from them.
+# reader and its marks; following what is said is there without them too, but has not been measured by itself.
 RUNGS = (
     ("plan", "the original plan: mean embeddings, one pooled query, closed word lists", {}),
     ("open-words", "values from the whole vocabulary", dict(open_words=True)),

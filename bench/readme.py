@@ -239,6 +239,13 @@ def speed_in_short():
         ours, theirs = (("ours, compiled, with memory", "transformers, static cache, compiled") if "ours, compiled, with memory" in r["decoding"] else
                         ("ours, eager, with memory", "transformers, eager"))
         rows.append([f"a token of an answer, {r['model'].split(',')[0]}, {device(r)}", per(ours), f"{theirs}, no memory", per(theirs)])
+        if "first" in r:
+            first = lambda way: ms(r["first"].get(way, {}).get("seconds"))
+            rows.append([f"the first token, {r['in_prompt']:,} facts in memory, {r['model'].split(',')[0]}, {device(r)}", first("memory, compiled"),
+                         "the same facts in transformers' prompt", first("prompt, transformers")])
+        if "batch" in r.get("many", {}):
+            rows.append([f"{r['many']['questions']} questions at once, {r['tokens']} tokens each, {r['model'].split(',')[0]}, {device(r)}",
+                         f"{r['many']['batch']:.2f} s", "one by one", f"{r['many']['one_by_one']:.2f} s"])
     r = saved("memory_scale-1b")
     largest = max(r["rows"], key=lambda row: row["facts"])
     rows.append([f"a token with {largest['facts']:,} facts, {r['model'].split(',')[0]}, {device(r)}", ms(largest["per_token"]["this"]),

@@ -26,7 +26,7 @@ from train import copying_loss, forward, retrieval_loss, scores
 
 CAUSES = ("nothing", "closed vocabulary", "one pooled vector", "no negatives", "dead gate")
 # Read after the last layer, a memory speaks to the output head itself: no layers to run above it, forward or backward.
-CONFIG = dict(inject_after=12, heads=1, key_dim=16, token_key_dim=16, sentence_layers=0, reading_layers=0, match=False, said=False, graph=False, time_edges=False,
+CONFIG = dict(inject_after=12, heads=1, key_dim=16, token_key_dim=16, sentence_layers=0, reading_layers=0, match=False, said=False, follow=False, graph=False, time_edges=False,
               similar_edges=False, hops=1, candidates=8, readable=4)
 STEPS, QUESTIONS, FACTS, TOKENS = 240, 64, 16, 32
 CLOSED = 24                              # values, where the vocabulary is closed

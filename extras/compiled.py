@@ -79,6 +79,7 @@ class CompiledDecoder(Decoder):
         about its length comes, and good until the memory changes."""
         def work(*prompt):
             self.cache.position.zero_(), self.cache.seen.zero_()
+            self.cache.memory = {}                         # a try that failed may have left a part of it
             return self.model(*prompt, self.cache, self.injection, True, self.layer)
 
         (B, T), source = input_ids.shape, self.model if self.injection is None else self.injection.source()

@@ -31,7 +31,7 @@ def draw(folder, path=None):
         return None
     figure, (losses, recall, found) = pyplot.subplots(1, 3, figsize=(10.5, 3.1), layout="constrained")
     steps = [line["step"] for line in lines]
-    for name, label in (("loss", "weighted sum"), ("answer_loss", "answer"), ("retrieval_loss", "retrieval"), ("copying_loss", "copying")):
+    for name, label in (("loss", "weighted sum"), ("answer_loss", "answer"), ("retrieval_loss", "retrieval"), ("copying_loss", "copying"), ("judging_loss", "judging"), ("marking_loss", "marking")):
         if all(name in line for line in lines):                            # the retrieval loss has several parts
             losses.plot(steps, [sum(x) if isinstance(x := line[name], list) else x for line in lines], label=label)
     measured = [line for line in lines if "held_out" in line]

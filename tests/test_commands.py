@@ -76,6 +76,16 @@ COMMANDS = {
        f'--warmup 60 --tokens 44 --eval-every {every} --dropout 0.02 --out out/{after}':
         (TRAIN + LARGE + f"--sentence-layers 2 --reading-layers 4 --reading-dim 8 --unknown {unknown} --hard 3 --out out/{after}", Path(f"out/{after}/memory.json"))
        for before, after, seed, minutes, unknown, lr, every in (("marked", "E", 5, 7, 0.12, "1e-3", 700), ("E", "F", 6, 6.4, 0.12, "9e-4", 600), ("F", "G", 7, 6.6, 0.15, "8e-4", 600))},
+    'python -m extras.grow out/G out/following': (GROW, "grow.main("),
+    **{f'python train.py --model gemma-3-270m --init out/{before} --sentence-layers 2 --reading-layers 4 --reading-dim 256 --candidates 32 --readable 6 --seed {seed} '
+       f'--steps 30000 --minutes {minutes} --batch 1024 --bundles 170000 --workers 16 --first-facts 32 --facts 256 --unknown 0.15 --text 0.05 --hard 3 --judging 0.5 --lr {lr} '
+       f'--warmup 60 --tokens 44 --eval-every 500 --dropout 0.04 --out out/{after}': ("tests/test_train.py::test_a_run_can_start_from_a_trained_memory", "init=")
+       for before, after, seed, minutes, lr in (("following", "H", 8, 7, "1e-3"), ("H", "I", 9, 7.3, "8e-4"))},
+    'python -m extras.grow out/tiny-D out/tiny-following': (GROW, "grow.main("),
+    **{f'python train.py --model tiny --init out/tiny-{before} --reading-layers 3 --reading-dim 192 --seed {seed} --steps 30000 --minutes {minutes} --batch 1024 --bundles 120000 '
+       f'--workers 12 --first-facts 16 --facts 128 --unknown 0.12 --hard 2 --judging 0.5 --lr {lr} --warmup 60 --tokens 56 --eval-every 600 --dropout 0 {compiled}--out out/tiny-{after}':
+        ("tests/test_train.py::test_a_run_can_start_from_a_trained_memory", "init=")
+       for before, after, seed, minutes, lr, compiled in (("following", "E", 8, 7.4, "1.5e-3", "--compile "), ("E", "F", 9, 7.7, "1.2e-3", ""))},
     'python -m extras.grow out/tiny-mean-2 out/tiny-marked --fresh outdated': (GROW, "grow.main("),
     'python train.py --model tiny --init out/tiny-marked --reading-layers 3 --reading-dim 192 --seed 5 --steps 30000 --minutes 7 --batch 1024 --bundles 120000 '
     '--workers 12 --first-facts 16 --facts 128 --unknown 0.12 --hard 2 --lr 1.5e-3 --warmup 60 --tokens 56 --eval-every 700 --dropout 0 --out out/tiny-D':

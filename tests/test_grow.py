@@ -106,9 +106,9 @@ def test_a_memory_of_an_earlier_design_is_brought_up_to_date(tmp_path):
     folder, out = toy_model(tmp_path / "toy"), tmp_path / "out"
     tensors, saved = unpacked(load_file(folder / "memory.safetensors")), read_json(folder / "memory.json")
     settings = saved["memory"]
-    del settings["marks"]                                                  # a setting that it didn't know yet, and one that is gone
+    del settings["marks"], settings["follow"]                              # settings that it didn't know yet, and one that is gone
     settings["gone"] = 3
-    for name in [name for name in tensors if name.startswith(("marks", "mark_query"))]:
+    for name in [name for name in tensors if name.startswith(("marks", "mark_query", "goes_on"))]:
         del tensors[name]
     tensors["outdated.says.weight"] += 1
     save_file({**tensors, "match_found.0.weight": torch.zeros(3), "marks.bias": torch.zeros(3)}, folder / "memory.safetensors")
@@ -121,6 +121,7 @@ def test_a_memory_of_an_earlier_design_is_brought_up_to_date(tmp_path):
     new = GemmaWithMemory.from_pretrained(out).injection.state_dict()
     same = {name for name in tensors if torch.allclose(new[name].float(), tensors[name].float(), atol=2e-2)}
     assert tensors.keys() - same == {"outdated.says.weight", "outdated.says.bias"} and (new["marks.weight"] != 0).any() and (new["mark_query.0.weight"] == 0).all()
+    assert (new["goes_on.weight"] == 0).all() and (new["goes_on.bias"] == 0.5).all()
 
 
 def test_what_cannot_be_grown_is_refused(tmp_path):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import memory
 from extras import blocks
 from extras.memory_model import DONT_KNOW
 from gemma import BOS, PAD, Gemma, InputError, KVCache, Tokenizer
@@ -330,6 +331,9 @@ def test_packed_memories_are_separate_memories(full, similar_edges):
             assert together.candidates[hop][row, :k].tolist() == single.candidates[hop][0].tolist()
             torch.testing.assert_close(together.ranked[hop][row][:, [*range(k), -1]], single.ranked[hop][0], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(together.asked[hop][row, :, -1], single.asked[hop][0, :, -1], rtol=1e-4, atol=1e-4)
+            r = min(n, full.config.readable)                               # of an empty place nothing is said
+            torch.testing.assert_close(together.fits[hop][row, :, :r], single.fits[hop][0], rtol=1e-4, atol=1e-4)
+            assert (together.fits[hop][row, :, r:] == -1e4).all()
         torch.testing.assert_close(together.context[row], single.context[0], rtol=1e-4, atol=1e-4)
 
 
@@ -565,9 +569,20 @@ def test_followed_by_hand():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("options", [dict(marks=False), dict(reading_layers=0)])
+def test_what_nobody_marked_begins_and_ends_anywhere(tmp_path, monkeypatch, options):
+    """Catches begins and ends mixed up, and a first word that counts as much as a run."""
+    model, seen = GemmaWithMemory.from_pretrained(toy_model(tmp_path, **options)), []
+    model.add_to_memory(FACTS)
+    monkeypatch.setattr(memory, "followed", lambda answer, ids, begins, ends: seen.append((begins, ends)) or followed(answer, ids, begins, ends))
+    model.answer(QUESTIONS[0], max_new_tokens=2)
+    assert seen and all((begins == LEAST / 2).all() and (ends == 0).all() for begins, ends in seen)
+
+
+@torch.no_grad()
 def test_what_was_said_is_followed_step_by_step_as_at_once(full):
-    """Catches words of the answer that are forgotten from one step to the next, kept from the request before, or counted twice where
-    a step is run once more; and steps of several tokens, fewer and more than are followed."""
+    """Catches words of the answer that are forgotten from one step to the next, or counted twice where a step is run once more; and steps
+    of several tokens, fewer and more than are followed."""
     layer = full.injection
     torch.nn.init.normal_(layer.goes_on.weight, std=0.1)
     layer.goes_on.bias.fill_(2.0)

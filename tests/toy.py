@@ -61,10 +61,12 @@ def toy_model(folder, seed=0, **memory_options):
     torch.manual_seed(seed + 1)
     model = GemmaWithMemory(Gemma.from_pretrained(folder), Tokenizer(folder), MemoryConfig(**{**options, **memory_options}), folder)
     for name, p in model.injection.named_parameters():
-        if name.startswith(("hop_query", "token_key_before.1")) or name == "gnn.gat.bias":
+        if name.startswith(("hop_query", "token_key_before.1", "goes_on.weight")) or name == "gnn.gat.bias":
             torch.nn.init.normal_(p, std=0.1)                              # zero at the start of training: would hide a bug
         if "temperature" in name:
             p.data.fill_(3.0)                                              # sharp: reads one token rather than the mean of all
+        if name == "goes_on.bias":
+            p.data.fill_(2.0)
         if name == "match_threshold":
             p.data.copy_(torch.linspace(0.5, 0.6, len(p)))
         if name == "log_match_temperature":
