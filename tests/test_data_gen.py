@@ -416,10 +416,13 @@ def test_splits_share_no_name_thing_or_word():
 
 def test_splits_share_no_drawn_value_or_subject():
     """The same for what comes out: also dates, codes, invented names and names with a letter changed. Months, numerals
-    (with or without a unit), numbers of two digits and years that scenes list are too few to divide; scenes have their phrasings' split."""
+    (with or without a unit), numbers of two digits and the years and spans of time that scenes list are too few to divide; scenes have
+    their phrasings' split."""
     part = "(" + "|".join(map(re.escape, sorted({part for parts in DATA["parts"].values() for part in parts}))) + r"|\d\d?)"
     closed = re.compile(f"{part}( {part})?", re.I)
-    years = {option for scene in SCENES["train"] for options in scene.get("options", {}).values() for option in options if option.isdigit()}
+    span = re.compile(r"\w+( and a half)? (second|minute|hour|day|week|month|year)s?( and a half)?", re.I)
+    years = {option.lower() for scene in SCENES["train"] for options in scene.get("options", {}).values() for option in options
+             if option.isdigit() or span.fullmatch(option)}
     drawn = []
     for split in SPLITS:
         world = World(split, 11, WORDS)
