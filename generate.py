@@ -12,6 +12,8 @@ import argparse
 import os
 import sys
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: threads that spin would wait for a busy core, three times as long as it takes
+
 HELP = """\
 /add FACT     remember a fact        /facts    list what is remembered, with ids
 /forget ID    forget one             /why      what the last answer drew on
