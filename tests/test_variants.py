@@ -29,7 +29,7 @@ SETTINGS = dict(device="cpu", steps=2, batch=8, facts=8, bundles=20, warmup=0, l
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, one_thread):  # noqa: F811
-    return toy_base(tmp_path_factory.mktemp("variants") / "base")
+    return toy_base(tmp_path_factory.mktemp("variants") / "base", max_position_embeddings=512)
 
 
 @pytest.fixture(scope="module")
