@@ -217,6 +217,11 @@ class Tokenizer:
         # The marker that sentencepiece uses for a space, written as bytes: so a text that holds it survives a round trip.
         self.marker_bytes = [self.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
 
+    def words(self):
+        """For each id the first one that is spelt the same but for capitals and the space before it: list of int."""
+        first = {}
+        return [first.setdefault(piece.lstrip("\u2581").lower(), i) for i, piece in enumerate(self.pieces.id_to_piece(list(range(self.vocab_size))))]
+
     def encode(self, text, bos=True):
         """Token ids of `text`, with <bos> in front by default. Never yields a control token from the text itself.
 

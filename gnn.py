@@ -88,25 +88,30 @@ class GATLayer(nn.Module):
 
 class TokenLayer(nn.Module):
     """Graph attention on the complete graph of some tokens: since every pair of them is an edge, it is dense, scored by dot
-    products (https://arxiv.org/abs/1706.03762), with the distance as the edge's feature. A small network for each follows."""
+    products (https://arxiv.org/abs/1706.03762), with the distance as the edge's feature; with `alike` also whether the two are
+    the same word. A small network for each follows."""
 
-    def __init__(self, dim, heads, reach):
+    def __init__(self, dim, heads, reach, alike=False):
         super().__init__()
         self.heads = heads
+        self.alike = nn.Parameter(torch.ones(heads)) if alike else None
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
         self.up, self.down = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
         self.distance = nn.Parameter(torch.zeros(heads, 2 * reach + 1))
 
-    def forward(self, h, real, same, far):
+    def forward(self, h, real, same, far, alike=None):
         """h (E, M, dim) tokens of E graphs, of which `real` (E, M) are no padding; same (E, M, M): which two are of one text, and
-        have a distance, far (M, M, 2 * reach + 1), see `distances`; all others are as far apart as can be -> (E, M, dim)."""
+        have a distance, far (M, M, 2 * reach + 1), see `distances`; all others are as far apart as can be; alike (E, M, M): which
+        are one word in two texts -> (E, M, dim)."""
         q, k, v = self.qkv(rms_norm(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)       # each (E, H, M, C)
         near = (self.distance @ far.mT).transpose(0, 1)                                                 # (H, M, M)
         before, after = self.distance[:, 0, None, None], self.distance[:, -1, None, None]               # (H, 1, 1) each
         wide = torch.where(torch.ones_like(far[..., 0]).triu().bool(), after, before)                   # (H, M, M)
         # By hand: a bias that differs from graph to graph keeps torch's kernel from saving anything.
         scores = q @ k.mT / q.shape[-1] ** 0.5 + torch.where(same[:, None], near, wide)                 # (E, H, M, M)
+        if self.alike is not None:
+            scores = scores + self.alike[:, None, None] * alike[:, None]
         weights = scores.float().masked_fill(~real[:, None, None], -1e4).softmax(-1).to(v.dtype)
         h = h + self.out((weights @ v).transpose(1, 2).flatten(2))
         return h + self.down(F.gelu(self.up(rms_norm(h))))
@@ -163,27 +168,33 @@ class Move(torch.autograd.Function):
 class TokenAttention(nn.Module):
     """Several TokenLayers, on graphs of tokens that differ in size."""
 
-    def __init__(self, dim, layers, heads=4, reach=8):
+    def __init__(self, dim, layers, heads=4, reach=8, alike=False):
         super().__init__()
         self.reach = reach
-        self.layers = nn.ModuleList(TokenLayer(dim, heads, reach) for _ in range(layers))
+        self.layers = nn.ModuleList(TokenLayer(dim, heads, reach, alike) for _ in range(layers))
+        self.echo = nn.Parameter(torch.zeros(dim)) if alike else None
 
-    def run_layers(self, h, real, text):
-        """h (E, M, dim) and real (E, M) as for a layer, text (E, M): which one a token is of -> (E, M, dim), normalised."""
+    def run_layers(self, h, real, text, words=None):
+        """h (E, M, dim) and real (E, M) as for a layer, text (E, M): which one a token is of, words (E, M): which word it is, if that
+        counts -> (E, M, dim), normalised."""
         same, far = text[:, None] == text[..., None], distances(torch.arange(h.shape[1], device=h.device), self.reach)
+        alike = None
+        if self.echo is not None:                      # each token is told whether it stands in another text too, and where
+            alike = (words[:, None] == words[..., None]) & ~same & real[:, None]
+            h = h + alike.any(-1)[..., None] * self.echo
         for layer in self.layers:
-            h = layer(h, real, same, far)
+            h = layer(h, real, same, far, alike)
         return rms_norm(h)
 
     def attend(self, tokens, graphs):
-        """tokens (n, dim); graphs: list of (at, text), at (E, M) being the token that stands at each place of E graphs, n for
-        none, and text (E, M) -> (n, dim). All graphs are filled and emptied at once."""
-        n, every = len(tokens), torch.cat([at.flatten() for at, _ in graphs])                   # (all places of all graphs,)
+        """tokens (n, dim); graphs: list of (at, text) or (at, text, words), at (E, M) being the token that stands at each place of E
+        graphs, n for none -> (n, dim). All graphs are filled and emptied at once."""
+        n, every = len(tokens), torch.cat([at.flatten() for at, *_ in graphs])                  # (all places of all graphs,)
         lies = torch.full((n + 1,), len(every), device=every.device).scatter(0, every, torch.arange(len(every), device=every.device))[:n]
         out = []
-        for h, (at, text) in zip(Move.apply(tokens, every, lies).split([at.numel() for at, _ in graphs]), graphs):
+        for h, (at, *rest) in zip(Move.apply(tokens, every, lies).split([at.numel() for at, *_ in graphs]), graphs):
             h = h.clone().unflatten(0, at.shape)       # (E, M, dim); a view that starts elsewhere would be compiled anew
-            out.append(self.run_layers(h, at < n, text).flatten(0, 1))
+            out.append(self.run_layers(h, at < n, *rest).flatten(0, 1))
         return Move.apply(torch.cat(out), lies, every)
 
 
@@ -215,7 +226,9 @@ class ReadingAttention(TokenAttention):
     """What each token of an episode means to the question: the two side by side, each word hearing all others.
 
     The one step that sees question and sentence together, so it can tell "since 2019" from "for 12 years" by what was
-    asked. It costs as much as the sentences are long, so only the few that are read get it.
+    asked. It costs as much as the sentences are long, so only the few that are read get it. With `alike` each token also knows
+    whether the other text has the same word: the plainest feature of a reader, and hard to learn from vectors (the exact match of
+    Chen et al., https://arxiv.org/abs/1704.00051, section 3.2).
     """
 
     def __init__(self, in_dim, found_dim, dim, layers, **options):
@@ -223,15 +236,19 @@ class ReadingAttention(TokenAttention):
         self.ask = nn.Linear(in_dim, dim, bias=False)
         self.found = nn.Linear(found_dim, dim, bias=False)
 
-    def forward(self, question, asks, found, told, real):
+    def forward(self, question, asks, found, told, real, asks_words=None, told_words=None):
         """question (R, T, F), of which the tokens `asks` (R, T) count; found (R, D) of the hop before, or None; told
-        (R, r, M, dim) the tokens of r episodes, of which `real` (R, r, M) exist -> (R, r, M, dim)."""
+        (R, r, M, dim) the tokens of r episodes, of which `real` (R, r, M) exist; asks_words (R, T) and told_words (R, r, M) which
+        word each token is, if that counts -> (R, r, M, dim)."""
         (R, r, M), q = real.shape, self.ask(question)
         if found is not None:                                                                   # a text of one token, before the others
             q, asks = torch.cat((self.found(found)[:, None].to(q.dtype), q), 1), F.pad(asks, (1, 0), value=True)
         each = lambda x: x[:, None].expand(-1, r, *x.shape[1:]).flatten(0, 1)                   # every episode has the question to itself
         tokens = torch.cat((each(q), told.to(q.dtype).flatten(0, 1)), 1)                        # (E, T + M, dim), E = R * r
         here = torch.cat((each(asks), real.flatten(0, 1)), 1)                                   # (E, T + M)
+        if self.echo is not None:
+            asks_words = F.pad(asks_words, (asks.shape[1] - asks_words.shape[1], 0), value=-1)  # what was found is no word
+            words = torch.cat((each(asks_words), told_words.flatten(0, 1)), 1)                  # (E, T + M)
         (E, width), column = here.shape, torch.arange(here.shape[1], device=q.device)
         text = (column >= int(found is not None)).long() + (column >= width - M)
         # What is there moves to the front: graphs are as wide as they have tokens, and those of about the same width run together.
@@ -239,7 +256,7 @@ class ReadingAttention(TokenAttention):
         for rows, most in by_length(lengths, 3, width):
             place = order[rows, :most]
             at = (rows[:, None] * width + place).masked_fill(column[:most] >= lengths[rows, None], E * width)
-            graphs.append((at, text[place]))
+            graphs.append((at, text[place], *([words[rows].gather(1, place)] if self.echo is not None else [])))
         return self.attend(tokens.flatten(0, 1), graphs).view(E, width, -1)[:, -M:].unflatten(0, (R, r))
 
 

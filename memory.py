@@ -58,7 +58,7 @@ class MemoryConfig(Settings):
     query: str = "token"             # "token": every position asks for itself; "pooled": one question for all (the plan's)
     read: str = "token"              # "token": attention inside an episode; "episode": its mean alone (the plan's)
     match: bool = True               # False: candidates are ranked by their keys alone
-    said: bool = True                # False: readers don't know which words of an episode the question has said itself
+    said: bool = True                # False: readers don't know which words of an episode the question says itself
     marks: bool = True               # False: nor does the reading attention mark where the answer begins and ends
     follow: bool = True              # False: nor do they know where in an episode the words stand that have just been said
     graph: bool = True               # False: keys without the GAT
@@ -257,6 +257,7 @@ class Question:
 
     features: torch.Tensor           # (R, T, F)
     mask: torch.Tensor               # (R, T): which tokens belong to the question
+    ids: torch.Tensor                # (R, T)
 
     def pool(self):
         return pooled(self.features, self.mask)[:, None]                                       # (R, 1, F)
@@ -297,8 +298,9 @@ class Reading:
 class MemoryInjectionLayer(nn.Module, Injection):
     """Reads the memory with the hidden states after layer `inject_after` and adds what it read to them."""
 
-    def __init__(self, config, hidden_size, embedding, end=0):
-        """embedding: the base's frozen table, (V, D), kept out of this module's parameters; end: the token that ends an answer."""
+    def __init__(self, config, hidden_size, embedding, end, words):
+        """embedding: the base's frozen table, (V, D), kept out of this module's parameters; end: the token that ends an answer;
+        words: of Tokenizer.words."""
         super().__init__()
         D, H = hidden_size, config.heads
         self.config, self.end = config, end
@@ -309,6 +311,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         self.gnn = EpisodicMemoryGNN(nodes, H, config.key_dim, config.gat_dim, config.graph, config.cosine_keys)
         self.register_buffer("state_mean", torch.zeros(D))
         self.register_buffer("state_std", torch.ones(D))
+        self.register_buffer("word", torch.tensor(words), persistent=False)                               # (V,)
         self.sentence = SentenceAttention(2 * D, config.sentence_dim, config.sentence_layers) if config.sentence_layers else None
         told = 2 * D + (config.sentence_dim if self.sentence else 0)       # what is known of an episode's token; of a question's, 2 D
         linear = lambda width: nn.Linear(2 * D, H * width, bias=False)
@@ -331,7 +334,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
                 nn.init.zeros_(self.goes_on.weight), nn.init.constant_(self.goes_on.bias, 0.5)             # true from the start
         if meaning:
             self.meaning = nn.Linear(told, meaning, bias=False)
-            self.understand = ReadingAttention(2 * D, D, meaning, config.reading_layers)
+            self.understand = ReadingAttention(2 * D, D, meaning, config.reading_layers, alike=config.said)
             self.understood_key = nn.Linear(meaning, read, bias=False)
             self.fits = nn.Linear(meaning, H)
             with torch.no_grad():                                          # the other parts lead at first
@@ -471,7 +474,8 @@ class MemoryInjectionLayer(nn.Module, Injection):
         ids, token_keys = view.tokens.ids[place], self.heads(view.tokens.keys_at(place, self.read_by))
         if hasattr(self, "meaning"):
             # 3. Side by side with the question, what do these say to it?
-            meant = self.understand(question.features, question.mask, found.context if found else None, view.tokens.keys_at(place, self.mean_by), real)   # (R, r, M, dim)
+            meant = self.understand(question.features, question.mask, found.context if found else None, view.tokens.keys_at(place, self.mean_by), real,
+                                    self.word[question.ids], self.word[ids])                               # (R, r, M, dim)
             token_keys = F.normalize(token_keys + self.heads(self.understood_key(meant)).float(), dim=-1).to(token_keys.dtype)
             fits = self.judge(meant, real, keys_read, told.gather(1, top)).masked_fill(~valid.gather(1, top)[:, None], -1e4)
             reading.fits.append(fits)
@@ -649,7 +653,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         if self.memo:
             context = self.read_on(x, self.memo, self.input_ids)
         elif self.question is not None:
-            self.reading = self.read(x, Question(x, self.question), self.view, self.memo, self.input_ids)
+            self.reading = self.read(x, Question(x, self.question, self.input_ids), self.view, self.memo, self.input_ids)
             context = self.reading.context
         else:
             context, sure = self.read_everywhere(x)
@@ -664,9 +668,9 @@ class MemoryInjectionLayer(nn.Module, Injection):
         """
         B, T, _ = x.shape
         windows = F.pad(x, (0, 0, WINDOW - 1, 0)).unfold(1, WINDOW, 1).flatten(0, 1)                       # (B * T, F, WINDOW)
-        masks = F.pad(self.speaking, (WINDOW - 1, 0)).unfold(1, WINDOW, 1).flatten(0, 1)                   # (B * T, WINDOW)
-        parts = [self.read(at, Question(window.mT, mask), self.view)
-                 for at, window, mask in zip(x.reshape(B * T, 1, -1).split(256), windows.split(256), masks.split(256))]
+        masks, ids = (F.pad(each, (WINDOW - 1, 0)).unfold(1, WINDOW, 1).flatten(0, 1) for each in (self.speaking, self.input_ids))     # (B * T, WINDOW)
+        parts = [self.read(at, Question(window.mT, mask, asked), self.view)
+                 for at, window, mask, asked in zip(x.reshape(B * T, 1, -1).split(256), windows.split(256), masks.split(256), ids.split(256))]
         null = torch.cat([part.ranked[-1][..., -1].exp().mean(1) for part in parts])                       # (B * T,)
         return torch.cat([part.context for part in parts]).unflatten(0, (B, T))[:, :, 0], (null < HUSHED).view(B, T)
 
@@ -745,7 +749,7 @@ class GemmaWithMemory(MemoryModel):
         if self.config.inject_after > len(gemma.layers):
             raise InputError(f"expected inject_after to be one of the base's {len(gemma.layers)} layers, got {self.config.inject_after}.")
         end = tokenizer.encode("\n", bos=False)[0]
-        self.injection = MemoryInjectionLayer(self.config, gemma.config.hidden_size, gemma.embed_tokens.weight, end).to(gemma.device)
+        self.injection = MemoryInjectionLayer(self.config, gemma.config.hidden_size, gemma.embed_tokens.weight, end, tokenizer.words()).to(gemma.device)
         self.memory_graph = EpisodeGraph(self.config, gemma.config.hidden_size, gemma.device)
 
     def train(self, mode=True):

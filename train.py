@@ -136,7 +136,7 @@ def forward(model, pool, batch, T, silent=False):
     asked = pool.questions(batch, T)
     h = pool.sequences.keys[asked.place].masked_fill(~asked.real[..., None], 0.0)
     x = injection.features(asked.ids, h)
-    reading = injection.read(x, Question(x[:, :asked.longest], asked.question[:, :asked.longest]), memories(model, pool, batch), ids=asked.ids)
+    reading = injection.read(x, Question(x[:, :asked.longest], asked.question[:, :asked.longest], asked.ids[:, :asked.longest]), memories(model, pool, batch), ids=asked.ids)
     h = h if silent else injection.inject(h, reading.context, ~asked.spoken)
     h = run_above(gemma, h, asked.real, after) if after < len(gemma.layers) else h
     return dict(asked.answers(gemma, h), reading=reading, spoken=asked.spoken, answering=asked.answering)

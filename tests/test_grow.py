@@ -96,7 +96,8 @@ def test_a_grown_reader_says_the_same(tmp_path, dim, layers):
     question, found, tokens = torch.randn(2, 5, 96), torch.randn(2, 48), torch.randn(2, 3, 4, old.injection.meaning.in_features)
 
     def said(injection):
-        meant = injection.understand(question, torch.ones(2, 5, dtype=torch.bool), found, rms_norm(injection.meaning(tokens)), torch.ones(2, 3, 4, dtype=torch.bool))
+        meant = injection.understand(question, torch.ones(2, 5, dtype=torch.bool), found, rms_norm(injection.meaning(tokens)), torch.ones(2, 3, 4, dtype=torch.bool),
+                                     torch.arange(5).expand(2, 5), torch.arange(4, 28).view(2, 3, 4))
         return torch.cat((injection.understood_key(meant), injection.fits(meant), injection.outdated.says(meant)), -1)
     torch.testing.assert_close(said(new.injection), said(old.injection), rtol=1e-4, atol=1e-4)
 

@@ -295,7 +295,7 @@ def random_question(full, R, T=3 * WORDS, seed=0):
         mask[row, T - 1 - row % 3:] = False
         mask[row, T - 2 - row % 3] = True
     assert mask.sum(1).min() > WORDS
-    return x, Question(x, mask)
+    return x, Question(x, mask, torch.randint(full.tokenizer.vocab_size, (R, T)))
 
 
 def packed(full, parts):
@@ -324,7 +324,7 @@ def test_packed_memories_are_separate_memories(full, similar_edges):
     together = full.injection.read(x, question, view)
     for row in range(6):
         n = len(parts[row // 2])
-        single = full.injection.read(x[row:row + 1], Question(x[row:row + 1], question.mask[row:row + 1]), views[row // 2])
+        single = full.injection.read(x[row:row + 1], Question(x[row:row + 1], question.mask[row:row + 1], question.ids[row:row + 1]), views[row // 2])
         assert together.asked[-1][row, :, n:-1].exp().sum() == 0
         for hop in range(2):
             k = min(n, full.config.candidates)
@@ -401,10 +401,13 @@ def test_reading_equals_the_slow_way(full):
     layer.understood_key.weight.mul_(5.0), layer.fits.weight.mul_(5.0), layer.marks.weight.mul_(5.0)
     for linear in (*layer.mark_query, *layer.by_way, layer.goes_on):
         torch.nn.init.normal_(linear.weight, std=0.02), torch.nn.init.normal_(linear.bias)
+    layer.understand.echo.normal_()
     bounded = lambda x: 4 * torch.tanh(x / 4)
     H, D, N, k, r = config.heads, full.gemma.config.hidden_size, len(graph), config.candidates, config.readable
     assert r < k < N and config.hops == 2
     x, question = random_question(full, 1)
+    question.ids[:, ::2] = graph.tokens.ids[:question.ids[:, ::2].shape[1]]                     # words that are told
+    word_of = lambda ids: torch.tensor([full.tokenizer.words()[i] for i in ids])
     before = layer.read(x, question, graph.view(layer))
     common = before.token_ids[0, 0, before.marks[1][0, 0, :, 0].argmax()].item()               # said after the question: where an answer may begin
     out = layer.read(x, question, graph.view(layer), ids=torch.full((1, x.shape[1]), common))
@@ -472,7 +475,8 @@ def test_reading_equals_the_slow_way(full):
         for n in chosen:
             meaning = torch.stack([unit(layer.meaning(f)) * config.reading_dim ** 0.5 for _, f, _ in tokens[n]])[None, None]
             told[n] = layer.understand(x[asking][None], torch.ones(1, len(asking), dtype=torch.bool), found[None] if hop else None,
-                                       meaning, torch.ones(1, 1, meaning.shape[2], dtype=torch.bool))[0, 0]
+                                       meaning, torch.ones(1, 1, meaning.shape[2], dtype=torch.bool), word_of(question.ids[0, asking].tolist())[None],
+                                       word_of([i for i, *_ in tokens[n]])[None, None])[0, 0]
             fits[:, n] = layer.fits(told[n]).exp().mean(0).log()
         before = evidence.clone()
         for n in chosen:
@@ -615,11 +619,11 @@ def test_without_a_prompt_each_position_asks_with_its_window(full):
     layer, T = full.injection, WINDOW + 9
     layer.view = full.memory_graph.view(layer)
     x = torch.randn(7, T, 2 * full.gemma.config.hidden_size)               # 7 * T > 256
-    layer.speaking = torch.arange(T) >= torch.arange(7)[:, None]
+    layer.speaking, layer.input_ids = torch.arange(T) >= torch.arange(7)[:, None], torch.randint(full.tokenizer.vocab_size, (7, T))
     context, heard = layer.read_everywhere(x)
     for row, t in ((0, 0), (0, WINDOW + 5), (3, 4), (6, T - 1), (6, 8)):
         window = slice(max(0, t - WINDOW + 1), t + 1)
-        alone = layer.read(x[row:row + 1, t:t + 1], Question(x[row:row + 1, window], layer.speaking[row:row + 1, window]), layer.view)
+        alone = layer.read(x[row:row + 1, t:t + 1], Question(*(each[row:row + 1, window] for each in (x, layer.speaking, layer.input_ids))), layer.view)
         torch.testing.assert_close(context[row, t], alone.context[0, 0], rtol=1e-4, atol=1e-4)
         assert bool(heard[row, t]) == (alone.ranked[-1][0, :, -1].exp().mean().item() < HUSHED)
 

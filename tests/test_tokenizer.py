@@ -174,3 +174,16 @@ def test_hash_is_of_the_pieces_and_not_of_the_file(tmp_path, small_folder):
     assert Tokenizer(tmp_path).hash == Tokenizer(small_folder).hash
     (tmp_path / "tokenizer.model").write_bytes(blob.replace(b"<unused7>", b"<unused_>"))
     assert Tokenizer(tmp_path).hash != Tokenizer(small_folder).hash
+
+
+def test_words_are_alike_but_for_capitals_and_spaces(tokenizer):
+    """Catches a reader that takes Maria for another than maria, or one word for another."""
+    words = tokenizer.words()
+    assert len(words) == tokenizer.vocab_size and all(words[i] <= i and words[words[i]] == words[i] for i in range(len(words)))
+    at = {piece: i for i, piece in enumerate(tokenizer.pieces.id_to_piece(list(range(tokenizer.vocab_size))))}
+    alike = [(at[piece], at[other]) for piece in at for other in ("\u2581" + piece, piece.capitalize()) if other in at and other != piece and piece.isascii()]
+    assert len(alike) > 20 and all(words[a] == words[b] for a, b in alike)
+    spelt = {}
+    for piece, i in at.items():
+        spelt.setdefault(words[i], set()).add(piece.replace("\u2581", "").lower())
+    assert all(len(spellings) == 1 for spellings in spelt.values())
