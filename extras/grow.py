@@ -40,7 +40,7 @@ def grow(old, fresh):
     for name, new in fresh.items():
         layer, part = name.startswith("understand.layers."), name.split(".", 3)[-1]
         if name not in old:                                                # a new layer: h + 0
-            new.mul_(part not in ("out.weight", "down.weight", "down.bias", "distance"))
+            new.mul_(part not in ("out.weight", "down.weight", "down.bias", "distance", "alike"))
         elif layer and part == "qkv.weight":
             wide, was = (t.view(3, HEADS, -1, t.shape[1]) for t in (new, old[name] / k))
             wide[1, :, d // HEADS:] = 0                                    # new widths of q meet nothing in the keys yet
