@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: threads that spin would wait for a busy core, three times as long as it takes
+import extras.threads  # noqa: F401  before torch
 
 HELP = """\
 /add FACT     remember a fact        /facts    list what is remembered, with ids

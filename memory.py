@@ -311,7 +311,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         self.gnn = EpisodicMemoryGNN(nodes, H, config.key_dim, config.gat_dim, config.graph, config.cosine_keys)
         self.register_buffer("state_mean", torch.zeros(D))
         self.register_buffer("state_std", torch.ones(D))
-        self.register_buffer("word", torch.tensor(words), persistent=False)                               # (V,)
+        self.register_buffer("word", torch.tensor([*words, *range(len(words), len(embedding))]), persistent=False)             # (V,): which word
         self.sentence = SentenceAttention(2 * D, config.sentence_dim, config.sentence_layers) if config.sentence_layers else None
         told = 2 * D + (config.sentence_dim if self.sentence else 0)       # what is known of an episode's token; of a question's, 2 D
         linear = lambda width: nn.Linear(2 * D, H * width, bias=False)

@@ -27,7 +27,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch loads: threads that spin starve one another on busy cores
+import extras.threads  # noqa: F401  before torch
 
 import torch
 import torch.nn.functional as F
@@ -50,11 +50,11 @@ class TrainConfig:
     variant: str = field(default="graph", metadata={"help": f"the design of the memory: {', '.join(variants.NAMES)}"})
     model: str = field(default="tiny", metadata={"help": "the base: tiny, gemma-3-270m, a folder, or a Hub id"})
     out: str = field(default="out/memory", metadata={"help": "folder for the trained memory, its checkpoint and log"})
-    steps: int = field(default=250, metadata={"help": "optimizer steps"})
+    steps: int = field(default=360, metadata={"help": "optimizer steps"})
     minutes: float = field(default=0.0, metadata={"help": "end after so many minutes of training if the steps are not done by then; 0: never"})
     batch: int = field(default=64, metadata={"help": "R: questions a step"})
     accumulate: int = field(default=1, metadata={"help": "batches whose gradients are added up to one step; several processes share them out"})
-    bundles: int = field(default=3200, metadata={"help": "P: bundles of sentences and questions in the pool"})
+    bundles: int = field(default=4000, metadata={"help": "P: bundles of sentences and questions in the pool"})
     facts: int = field(default=16, metadata={"help": "the largest memory in training; memories grow up to it"})
     first_facts: int = field(default=8, metadata={"help": "the memories that training begins with; some designs learn nothing at first of larger ones"})
     lr: float = field(default=2e-3, metadata={"help": "highest learning rate of AdamW"})

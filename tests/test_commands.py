@@ -81,7 +81,13 @@ COMMANDS = {
        f'--steps 30000 --minutes {minutes} --batch 1024 --bundles 170000 --workers 16 --first-facts 32 --facts 256 --unknown 0.15 --text 0.05 --hard 3 --judging 0.5 --lr {lr} '
        f'--warmup 60 --tokens 44 --eval-every 500 --dropout 0.04 --out out/{after}': ("tests/test_train.py::test_a_run_can_start_from_a_trained_memory", "init=")
        for before, after, seed, minutes, lr in (("following", "H", 8, 7, "1e-3"), ("H", "I", 9, 7.3, "8e-4"))},
+    'python -m extras.grow out/I out/sharing': (GROW, "grow.main("),
     'python -m extras.grow out/tiny-D out/tiny-following': (GROW, "grow.main("),
+    'python -m extras.grow out/tiny-F out/tiny-sharing': (GROW, "grow.main("),
+    **{f'python train.py --model tiny --init out/tiny-{before} --reading-layers 3 --reading-dim 192 --seed {seed} --steps 30000 --minutes {minutes} --batch 1024 --bundles 110000 '
+       f'--workers 10 --first-facts 16 --facts 128 --unknown 0.15 --hard 2 --judging 0.5 --lr {lr} --warmup 60 --tokens 56 --eval-every 600 --dropout 0 --compile --out out/tiny-{after}':
+        ("tests/test_train.py::test_a_run_can_start_from_a_trained_memory", "init=")
+       for before, after, seed, minutes, lr in (("sharing", "G", 10, 7.1, "1.5e-3"), ("G", "H", 11, 7.3, "1.2e-3"))},
     **{f'python train.py --model tiny --init out/tiny-{before} --reading-layers 3 --reading-dim 192 --seed {seed} --steps 30000 --minutes {minutes} --batch 1024 --bundles 120000 '
        f'--workers 12 --first-facts 16 --facts 128 --unknown 0.12 --hard 2 --judging 0.5 --lr {lr} --warmup 60 --tokens 56 --eval-every 600 --dropout 0 {compiled}--out out/tiny-{after}':
         ("tests/test_train.py::test_a_run_can_start_from_a_trained_memory", "init=")

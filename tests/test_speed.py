@@ -3,7 +3,10 @@
 import argparse
 import json
 import math
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from gemma import Gemma, GemmaConfig, InputError, KVCache, Tokenizer
 from memory import GemmaWithMemory, MemoryConfig
 from toy import FACTS, one_thread, toy_model  # noqa: F401 (one_thread is a fixture)
 
+ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = ["Where does Maria live?", "Who has the red bike that we saw yesterday?", "Who?"]
 
 
@@ -327,3 +331,20 @@ def test_bad_input_is_one_sentence(bench, options, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         run(bench.main)
     assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: expected")
+
+
+@pytest.mark.parametrize("program", ["generate", "train", "bench.decode"])
+def test_threads_wait_as_they_should(program):
+    """Catches threads that spin for as long as another program has their core, which torch decides when it is loaded, and a user's own choice undone."""
+    see = f"""import os, sys, importlib.abc
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Watch())
+import {program}
+{program}.main(["--memory", "facts.txt", "?"])"""
+    plain = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    ran = lambda more: subprocess.run([sys.executable, "-c", see], cwd=ROOT, env={**plain, **more}, capture_output=True, text=True).stdout.split()
+    assert ran({}) == ["PASSIVE", "5000"] and ran({"OMP_WAIT_POLICY": "ACTIVE"}) == ["ACTIVE", "None"] and ran({"GOMP_SPINCOUNT": "7"}) == ["None", "7"]
