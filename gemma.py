@@ -218,7 +218,7 @@ class Tokenizer:
         self.marker_bytes = [self.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
 
     def words(self):
-        """For each id the first one that is spelt the same but for capitals and the space before it: list of int."""
+        """For each id the first one that is spelt the same but for capitals and the spaces before it: list of int."""
         first = {}
         return [first.setdefault(piece.lstrip("\u2581").lower(), i) for i, piece in enumerate(self.pieces.id_to_piece(list(range(self.vocab_size))))]
 

@@ -181,7 +181,7 @@ class TokenAttention(nn.Module):
         alike = None
         if self.echo is not None:                      # each token is told whether it stands in another text too, and where
             alike = (words[:, None] == words[..., None]) & ~same & real[:, None]
-            h = h + alike.any(-1)[..., None] * self.echo
+            h = h + (alike.any(-1)[..., None] * self.echo).to(h.dtype)             # bfloat16 while training on a GPU: float32 would spread
         for layer in self.layers:
             h = layer(h, real, same, far, alike)
         return rms_norm(h)

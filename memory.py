@@ -300,7 +300,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
 
     def __init__(self, config, hidden_size, embedding, end, words):
         """embedding: the base's frozen table, (V, D), kept out of this module's parameters; end: the token that ends an answer;
-        words: of Tokenizer.words."""
+        words: see Tokenizer.words."""
         super().__init__()
         D, H = hidden_size, config.heads
         self.config, self.end = config, end
@@ -334,7 +334,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
                 nn.init.zeros_(self.goes_on.weight), nn.init.constant_(self.goes_on.bias, 0.5)             # true from the start
         if meaning:
             self.meaning = nn.Linear(told, meaning, bias=False)
-            self.understand = ReadingAttention(2 * D, D, meaning, config.reading_layers, alike=config.said)
+            self.understand = ReadingAttention(2 * D, D, meaning, config.reading_layers, alike=config.said and config.match)
             self.understood_key = nn.Linear(meaning, read, bias=False)
             self.fits = nn.Linear(meaning, H)
             with torch.no_grad():                                          # the other parts lead at first

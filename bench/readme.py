@@ -67,7 +67,8 @@ def natural(name):
     result = saved(f"natural-{name}")
     cell = lambda what: percent(result["all"][what], True)
     return (f"`python -m bench.natural --model {name}`, {result['hardware']}: of {result['all']['exact']['n']} questions {cell('exact')}% "
-            f"answered exactly, right episode first for {cell('first')}%, {cell('refused_wrongly')}% refused that had an answer.")
+            f"answered exactly, right episode first for {cell('first')}%, {cell('refused_wrongly')}% refused that had an answer; of "
+            f"{result['all']['refused_rightly']['n']} without one {cell('refused_rightly')}% refused.")
 
 
 def compared(name):

@@ -73,7 +73,7 @@ def load_checkpoint(folder, model, optimizer):
         raise
     except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: expected a checkpoint of a memory with these settings ({str(error)[:120]!r}); "
-                         "resume with the settings it was made with, or train anew.") from None
+                         "resume with the settings and the version of the code it was made with, or train anew.") from None
     state = optimizer.state_dict()
     for name, tensor in every.items():
         if name.startswith("optimizer."):

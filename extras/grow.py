@@ -3,7 +3,7 @@ Or one of an earlier design brought up to date:                    python -m ext
 
 What was learnt is put into the corner of larger matrices, and the new rest starts silent, as in Net2Net
 (https://arxiv.org/abs/1511.05641): new widths hold 0 until training writes into them, new layers add 0. Where the memory's design
-has got new parts since it was saved, they start as in a fresh memory, as do parts that --fresh names; parts that the design has no longer
+has got new parts since it was saved, they start as in a fresh memory, but for `alike`, which would be heard at once: it starts at 0; so do parts that --fresh names start anew; parts that the design has no longer
 are left out. `train.py --init` goes on from there.
 """
 
@@ -39,8 +39,8 @@ def grow(old, fresh):
     k = (D / d) ** 0.5
     for name, new in fresh.items():
         layer, part = name.startswith("understand.layers."), name.split(".", 3)[-1]
-        if name not in old:                                                # a new layer: h + 0
-            new.mul_(part not in ("out.weight", "down.weight", "down.bias", "distance", "alike"))
+        if name not in old:                                                # a new layer: h + 0; or a new part of an old one
+            new.mul_(part not in ("out.weight", "down.weight", "down.bias", "distance") and not (layer and part == "alike"))
         elif layer and part == "qkv.weight":
             wide, was = (t.view(3, HEADS, -1, t.shape[1]) for t in (new, old[name] / k))
             wide[1, :, d // HEADS:] = 0                                    # new widths of q meet nothing in the keys yet

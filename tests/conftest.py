@@ -15,10 +15,12 @@ if CPUINFO.exists() and "amx_bf16" in CPUINFO.read_text(encoding="utf-8", errors
     if subprocess.run([sys.executable, "-c", TRY], capture_output=True).returncode < 0:
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")    # what came before AMX
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import extras.threads  # noqa: F401  before torch
+
+import torch
 
 torch.set_num_threads(2)
 

@@ -407,6 +407,8 @@ def test_reading_equals_the_slow_way(full):
     assert r < k < N and config.hops == 2
     x, question = random_question(full, 1)
     question.ids[:, ::2] = graph.tokens.ids[:question.ids[:, ::2].shape[1]]                     # words that are told
+    spelt = {word: i for i, word in enumerate(full.tokenizer.words())}                         # otherwise, where they can be
+    question.ids[:, ::4] = torch.tensor([[spelt[full.tokenizer.words()[i]] for i in question.ids[0, ::4].tolist()]])
     word_of = lambda ids: torch.tensor([full.tokenizer.words()[i] for i in ids])
     before = layer.read(x, question, graph.view(layer))
     common = before.token_ids[0, 0, before.marks[1][0, 0, :, 0].argmax()].item()               # said after the question: where an answer may begin
@@ -619,7 +621,8 @@ def test_without_a_prompt_each_position_asks_with_its_window(full):
     layer, T = full.injection, WINDOW + 9
     layer.view = full.memory_graph.view(layer)
     x = torch.randn(7, T, 2 * full.gemma.config.hidden_size)               # 7 * T > 256
-    layer.speaking, layer.input_ids = torch.arange(T) >= torch.arange(7)[:, None], torch.randint(full.tokenizer.vocab_size, (7, T))
+    layer.speaking, layer.input_ids = torch.arange(T) >= torch.arange(7)[:, None], full.memory_graph.tokens.ids[torch.randint(len(full.memory_graph.tokens.ids), (7, T))]
+    layer.understand.echo.normal_()
     context, heard = layer.read_everywhere(x)
     for row, t in ((0, 0), (0, WINDOW + 5), (3, 4), (6, T - 1), (6, 8)):
         window = slice(max(0, t - WINDOW + 1), t + 1)

@@ -333,7 +333,7 @@ def test_bad_input_is_one_sentence(bench, options, capsys, monkeypatch):
     assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: expected")
 
 
-@pytest.mark.parametrize("program", ["generate", "train", "bench.decode"])
+@pytest.mark.parametrize("program", ["generate", "train", "bench.decode", "tiny.pretrain"])
 def test_threads_wait_as_they_should(program):
     """Catches threads that spin for as long as another program has their core, which torch decides when it is loaded, and a user's own choice undone."""
     see = f"""import os, sys, importlib.abc

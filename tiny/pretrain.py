@@ -24,6 +24,8 @@ from dataclasses import asdict
 from multiprocessing import Pool
 from pathlib import Path
 
+import extras.threads  # noqa: F401  before torch
+
 import numpy as np
 import sentencepiece
 import torch
