@@ -94,7 +94,7 @@ class TokenLayer(nn.Module):
     def __init__(self, dim, heads, reach, alike=False):
         super().__init__()
         self.heads = heads
-        self.alike = nn.Parameter(torch.ones(heads)) if alike else None
+        self.alike = nn.Parameter(torch.ones(heads)) if alike else None    # the same word is a place to look from the start
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
         self.up, self.down = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)

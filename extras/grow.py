@@ -3,8 +3,8 @@ Or one of an earlier design brought up to date:                    python -m ext
 
 What was learnt is put into the corner of larger matrices, and the new rest starts silent, as in Net2Net
 (https://arxiv.org/abs/1511.05641): new widths hold 0 until training writes into them, new layers add 0. Where the memory's design
-has got new parts since it was saved, they start as in a fresh memory, but for `alike`, which would be heard at once: it starts at 0; so do parts that --fresh names start anew; parts that the design has no longer
-are left out. `train.py --init` goes on from there.
+has got new parts since it was saved, they start as in a fresh memory, but for `alike`, which would be heard at once: it starts at 0.
+Parts that --fresh names start anew; parts that the design has no longer are left out. `train.py --init` goes on from there.
 """
 
 import argparse

@@ -494,6 +494,14 @@ def test_reading_attention_is_sentence_attention_on_both(alike):
                 torch.testing.assert_close(out[i, e, real[i, e]], F.rms_norm(h, (8,))[0, -int(real[i, e].sum()):], rtol=1e-4, atol=1e-5)
 
 
+def test_shared_words_leave_the_precision_alone():
+    """Catches a reader that goes on in float32, at twice the memory, where training on a GPU is done in bfloat16."""
+    reading = ReadingAttention(5, 3, dim=8, layers=1, heads=2, alike=True)
+    h, text = torch.randn(2, 4, 8, dtype=torch.bfloat16), torch.tensor([[0, 0, 1, 1]]).expand(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reading.run_layers(h, torch.ones(2, 4, dtype=torch.bool), text, torch.tensor([[1, 2, 1, 3]]).expand(2, 4)).dtype == torch.bfloat16
+
+
 def test_rows_are_moved_and_their_gradients_back():
     """Catches a gradient that goes to another row, rows that are told of by the wrong index, and places without a row that aren't zero."""
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
