@@ -67,7 +67,7 @@ class TrainConfig:
     marking: float = field(default=0.3, metadata={"help": "weight of the marking loss"})
     unknown: float = field(default=0.1, metadata={"help": "share of questions about somebody the memory never heard of"})
     text: float = field(default=0.06, metadata={"help": "share of rows that are ordinary text, for which the memory is to be silent"})
-    hard: float = field(default=1.0, metadata={"help": "how often a question is drawn on an update, a list or one of several values of a sentence, against an easier one"})
+    hard: float = field(default=1.0, metadata={"help": "how often a question is drawn on an update, a list, one of several values of a sentence, or what was not told, against an easier one"})
     tokens: int = field(default=40, metadata={"help": "T: longest question with its answer, longer ones are left out; sentences may be 1.6 times as long"})
     open_words: bool = field(default=True, metadata={"help": "values from the whole vocabulary; without them the memory learns to classify, not to copy"})
     eval_every: int = field(default=200, metadata={"help": "steps between evaluations on held-out people and values"})

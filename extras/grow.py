@@ -4,7 +4,7 @@ Or one of an earlier design brought up to date:                    python -m ext
 What was learnt is put into the corner of larger matrices, and the new rest starts silent, as in Net2Net
 (https://arxiv.org/abs/1511.05641): new widths hold 0 until training writes into them, new layers add 0. Where the memory's design
 has got new parts since it was saved, they start as in a fresh memory, but for `alike`, which would be heard at once: it starts at 0.
-Parts that --fresh names start anew; parts that the design has no longer are left out. `train.py --init` goes on from there.
+Parts that --fresh names start anew, `alike` too; parts that the design has no longer are left out. `train.py --init` goes on from there.
 """
 
 import argparse
@@ -29,8 +29,9 @@ RULES = {"meaning.weight": (0, True), "understand.ask.weight": (1, True), "under
          "marks.weight": (-1, False)}         # these read
 
 
-def grow(old, fresh):
-    """old: tensors of a memory, by name; fresh: those of a new one, whose reader is as wide and deep or more, changed in place.
+def grow(old, fresh, anew=()):
+    """old: tensors of a memory, by name; fresh: those of a new one, whose reader is as wide and deep or more, changed in place, but
+    for those whose names begin like one of `anew`.
 
     RMSNorm divides by the mean square of all widths. Where the new ones are 0 its result is larger by `k`, so what reads it is
     made smaller by as much, and what joins it larger.
@@ -39,6 +40,8 @@ def grow(old, fresh):
     k = (D / d) ** 0.5
     for name, new in fresh.items():
         layer, part = name.startswith("understand.layers."), name.split(".", 3)[-1]
+        if name.startswith(tuple(anew)):
+            continue
         if name not in old:                                                # a new layer: h + 0; or a new part of an old one
             new.mul_(part not in ("out.weight", "down.weight", "down.bias", "distance") and not (layer and part == "alike"))
         elif layer and part == "qkv.weight":
@@ -95,7 +98,7 @@ def main(arguments=None):
         raise InputError(f"expected --seed from 0 to 2**63 - 1, got {args.seed}.")
     torch.manual_seed(args.seed)
     new = GemmaWithMemory(old.gemma, old.tokenizer, config, old.base_name)
-    grow(weights, new.injection.state_dict())
+    grow(weights, new.injection.state_dict(), args.fresh)
     new.trained = dict(old.trained, grown_from=Path(args.memory).name)
     new.save_pretrained(args.out)
     kept = sum(weights[name].numel() for name, _ in old.injection.named_parameters() if name in weights)

@@ -27,7 +27,7 @@ from gemma import BOS, PAD, InputError, Places, Tokenizer
 from memory import TokenStore, node_features
 
 TEXT = len(KINDS)                       # the kind of a sequence that is ordinary text
-HARD = {KINDS.index("list"), KINDS.index("update")}     # what a memory learns last
+HARD = {KINDS.index(kind) for kind in ("list", "update", "unanswerable")}      # what a memory learns last
 LONGEST = 8                             # sentences of a bundle; the one in 200 that is longer would not fit into the smallest memories
 
 

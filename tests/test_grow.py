@@ -125,6 +125,8 @@ def test_a_memory_of_an_earlier_design_is_brought_up_to_date(tmp_path):
     assert tensors.keys() - same == {"outdated.says.weight", "outdated.says.bias"} and (new["marks.weight"] != 0).any() and (new["mark_query.0.weight"] == 0).all()
     assert (new["goes_on.weight"] == 0).all() and (new["goes_on.bias"] == 0.5).all()
     assert len(silent) > 1 and not any(new[name].any() for name in silent)
+    grow.main([str(folder), str(out), "--fresh", "understand.layers.0.alike", "marks", "outdated"])
+    assert (GemmaWithMemory.from_pretrained(out).injection.state_dict()["understand.layers.0.alike"] == 1).all()
 
 
 def test_what_cannot_be_grown_is_refused(tmp_path):

@@ -187,19 +187,19 @@ def test_a_memory_tells_of_a_person_once(pool):
 
 
 def test_hard_questions_are_drawn_more_often(shipped):
-    """Catches weights that go to the wrong questions: an update, a list, and one of several values of a sentence are hard; the same
-    answer twice, or nothing to answer, is not. And a draw that doesn't heed them."""
+    """Catches weights that go to the wrong questions: an update, a list, one of several values of a sentence, and what was not told are
+    hard; the same answer twice is not. And a draw that doesn't heed them."""
     fact, prompt, answers = shipped.tokenizer.encode("Maria lives in Oslo."), shipped.tokenizer.encode("Where?"), [[900], [901]]
     asked = [[(prompt, answers[0], [0], LOOKUP, []), (prompt, answers[1], [0], LOOKUP, [])],   # two values of a sentence
              [(prompt, answers[0], [0], LOOKUP, []), (prompt, answers[0], [0], LOOKUP, []), (prompt, [], [], KINDS.index("unanswerable"), [])],
              [(prompt, answers[0], [0], UPDATE, [])], [(prompt, answers[0], [0, 0], LIST, [])]]
     part = [([fact], [False], questions, (n, n)) for n, questions in enumerate(asked)]
     pool = train.Pool(shipped, "train", 20, 40, 0, hard=4.0, draw=lambda *_: [part], progress=False)
-    expected = torch.tensor([4.0, 4.0, 1.0, 1.0, 1.0, 4.0, 4.0])
+    expected = torch.tensor([4.0, 4.0, 1.0, 1.0, 4.0, 4.0, 4.0])
     assert pool.weight.tolist() == [*expected.tolist(), 0.0]
     drawn = torch.cat([draw(pool, 256, 2048, 8, seed=seed)["sequence"] for seed in range(2)]).bincount(minlength=7)
-    several = torch.stack([drawn[[0, 1, 5, 6]].sum(), drawn[2:5].sum()]).float()
-    assert 4 * 4 / 3 * 0.7 < several[0] / several[1] < 4 * 4 / 3 * 1.3     # memories hold some of the bundles, not always all
+    several = torch.stack([drawn[[0, 1, 4, 5, 6]].sum(), drawn[2:4].sum()]).float()
+    assert 4 * 5 / 2 * 0.7 < several[0] / several[1] < 4 * 5 / 2 * 1.3     # memories hold some of the bundles, not always all
     assert (drawn[0] / drawn[1] - 1).abs() < 0.2
 
 
