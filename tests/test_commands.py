@@ -31,6 +31,7 @@ LARGE = "--warmup 1 --lr 1.2e-3 --workers 0 --dropout 0.1 "
 SHORT = " --model {toy} --steps 1 --batch 8 --eval-every 1 "              # of designs that train through all layers
 POOL = SHORT + "--bundles 40 --facts 8 --tokens 40 --minutes 6 --workers 0 --warmup 1 "
 GROW, MEAN = "tests/test_grow.py::test_a_grown_memory_answers_as_before_and_can_learn_more", "tests/test_grow.py::test_the_mean_lies_between_two_memories"
+FRESH = "tests/test_grow.py::test_a_memory_of_an_earlier_design_is_brought_up_to_date"
 RECALL = "python -m bench.recall --model {toy} --quick --sizes 4 --questions 8 --edits 5 --batch 16 --only "
 
 COMMANDS = {
@@ -81,9 +82,14 @@ COMMANDS = {
        f'--steps 30000 --minutes {minutes} --batch 1024 --bundles 170000 --workers 16 --first-facts 32 --facts 256 --unknown 0.15 --text 0.05 --hard 3 --judging 0.5 --lr {lr} '
        f'--warmup 60 --tokens 44 --eval-every 500 --dropout 0.04 --out out/{after}': ("tests/test_train.py::test_a_run_can_start_from_a_trained_memory", "init=")
        for before, after, seed, minutes, lr in (("following", "H", 8, 7, "1e-3"), ("H", "I", 9, 7.3, "8e-4"))},
-    'python -m extras.grow out/I out/sharing': (GROW, "grow.main("),
+    'python -m extras.grow out/I out/sharing --fresh understand.layers.0.alike understand.layers.1.alike understand.layers.2.alike understand.layers.3.alike':
+        (FRESH, "grow.main("),
+    **{f'python train.py --model gemma-3-270m --init out/{before} --sentence-layers 2 --reading-layers 4 --reading-dim 256 --candidates 32 --readable 6 --seed {seed} '
+       f'--steps 30000 --minutes {minutes} --batch 1024 --bundles {bundles} --workers 15 --first-facts 32 --facts 256 --unknown 0.12 --text 0.05 --hard 3 --judging 0.5 --lr {lr} '
+       f'--warmup 60 --tokens 44 --eval-every 300 --dropout 0.04 --out out/{after}': ("tests/test_train.py::test_a_run_can_start_from_a_trained_memory", "init=")
+       for before, after, seed, minutes, bundles, lr in (("sharing", "J", 12, 6.7, 130000, "1e-3"), ("J", "K", 13, 4.3, 100000, "7e-4"))},
     'python -m extras.grow out/tiny-D out/tiny-following': (GROW, "grow.main("),
-    'python -m extras.grow out/tiny-F out/tiny-sharing': (GROW, "grow.main("),
+    'python -m extras.grow out/tiny-F out/tiny-sharing --fresh understand.layers.0.alike understand.layers.1.alike understand.layers.2.alike': (FRESH, "grow.main("),
     **{f'python train.py --model tiny --init out/tiny-{before} --reading-layers 3 --reading-dim 192 --seed {seed} --steps 30000 --minutes {minutes} --batch 1024 --bundles 110000 '
        f'--workers 10 --first-facts 16 --facts 128 --unknown 0.15 --hard 2 --judging 0.5 --lr {lr} --warmup 60 --tokens 56 --eval-every 600 --dropout 0 --compile --out out/tiny-{after}':
         ("tests/test_train.py::test_a_run_can_start_from_a_trained_memory", "init=")
