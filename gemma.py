@@ -1,6 +1,6 @@
 """Gemma 3 in plain PyTorch: config, tokenizer, layers, KV cache, sampler, and loading of the official safetensors.
 
-What sets Gemma 3 apart from other small decoders, in the order you meet it below:
+What sets Gemma 3 apart from other small decoders, in the order of a forward pass:
   * embeddings are multiplied by sqrt(D), a number that is first rounded to the weights' dtype,
   * RMSNorm multiplies by (1 + weight), and there are four of them a layer, before and after attention and MLP,
   * queries and keys are normalised per head before RoPE; the width of a head is its own number, not D / H,
@@ -8,7 +8,8 @@ What sets Gemma 3 apart from other small decoders, in the order you meet it belo
   * the MLP gates with the tanh approximation of GELU, and the output head is the embedding table again.
 
 A decoder is also a place where a memory can plug in. `Gemma` knows nothing of graphs: it calls an optional `Injection`
-at four visible places of the loop in `run_layers`, and each of them does nothing by default.
+at four places, after the embeddings (`Gemma.forward`), before and after attention (`DecoderLayer.forward`) and after each layer
+(`run_layers`), and each of them does nothing by default.
 
 Letters, as in the Gemma 3 report (https://arxiv.org/abs/2503.19786) and in every shape comment of this project:
   B batch · T tokens · D hidden size · H heads · K key/value heads · C head dim · V vocabulary · L slots of the KV cache
@@ -287,9 +288,10 @@ class Tokenizer:
 # ----------------------------------------------------------------------------------------------------- the sockets
 
 class Injection:
-    """Where a memory plugs into the decoder. Every method is the identity; a memory overrides what it needs.
+    """Where a memory plugs into the decoder. The four that get h return it as it is; a memory overrides what it needs.
 
-    Layers count from 1: `after_layer(8, h)` gets the residual stream after `layers[7]`. h is (B, T, D) throughout.
+    Layers count from 1: `after_layer(8, h)` gets the residual stream after `layers[7]`. h is (B, T, D) throughout; that of
+    `before_attention` has been normalised already.
     """
 
     reading = None                       # what the last prompt found, for whoever wants to know it later
@@ -435,7 +437,9 @@ class Places:
                   1 1 1 1 0                0 1 1 1 0
                   1 1 1 1 1                0 0 1 1 1
 
-    Padding, left or right, is a 0 in `attention_mask` (B, T): its columns are hidden and it takes no position.
+    Padding, left or right, is a 0 in `attention_mask` (B, T): its columns are hidden and it takes no position. `visible` holds (B, 1, T, L)
+    bool for each type of layer, L = T without a cache, `rope` two tables (B, 1, T, C). With a cache, to make one takes T of its slots:
+    `position`, `seen` and `real` move on, in place, so a pass makes one.
     """
 
     def __init__(self, config, B, T, attention_mask, cache, device):

@@ -283,14 +283,14 @@ class EpisodicMemoryGNN(nn.Module):
     """Node features -> keys; a query -> weights over the episodes, with a null episode for "none of them", and what they hold.
 
     A key is what the episode says, plus what its neighbours in time make of it:
-        key = normalise(own + gate * W GAT(neighbourhood))
-    `own` is a linear map of the node's features. GAT scores are additive, so a node can't decide by them how much it wants
-    to listen; the gate, a function of the node alone, does ("I begin with 'she': tell me who came before").
+        key = normalise(own + W (gate * GAT(neighbourhood)))        one gate a head
+    `own` is a linear map of the node's features. GAT scores are additive, so a node could listen less only by a louder
+    self-loop, which makes it louder to others too; the gate, a function of the node alone, is free of that ("I begin with 'she': tell me who came before").
 
     Similarity edges are drawn when a question is asked, among the episodes that might answer it: see `still_true`.
     """
 
-    def __init__(self, in_dim, heads=4, key_dim=96, gat_dim=32, use_graph=True, cosine_keys=True):
+    def __init__(self, in_dim, heads=4, key_dim=64, gat_dim=32, use_graph=True, cosine_keys=True):
         super().__init__()
         self.heads, self.key_dim, self.use_graph, self.cosine_keys = heads, key_dim, use_graph, cosine_keys
         # What every sentence has in common is most of its mean state (cosines of 0.98 between any two): taken out first.
@@ -318,7 +318,7 @@ class EpisodicMemoryGNN(nn.Module):
         return F.normalize(key.float(), dim=-1) if self.cosine_keys else key.float()
 
     def scale(self, count):
-        """Softmax temperature per head for memories of `count` (G,) episodes -> (G, H).
+        """What scores are multiplied by, an inverse temperature, per head for memories of `count` (G,) episodes -> (G, H).
 
         A softmax over more episodes spreads over more of them; the logarithm makes up for it (18 = 16 + 2 is where 8 was tuned).
         """
@@ -340,7 +340,7 @@ class EpisodicMemoryGNN(nn.Module):
         scores = torch.cat((scores, null), -1) * self.scale(count)[:, None, :, None]
         if evidence is not None:
             scores = scores + F.pad(evidence, (0, 1))[:, None]
-        # Masked after scaling: -inf times the temperature would make the temperature's gradient 0 * inf.
+        # Masked after scaling: -inf times what scales it would make that number's gradient 0 * inf.
         return scores.masked_fill(~F.pad(valid, (0, 1), value=True)[:, None, None], -torch.inf).log_softmax(-1)
 
     @staticmethod

@@ -4,7 +4,7 @@
     question -> Gemma layers 1-8 -> h --query--> which episodes? -> do their words match? -> which tokens? -> h + what was read
                                                               -> Gemma layers 9 onward -> answer
 
-Four ideas do the work; `bench/ladder.py` measures what each is worth:
+Four ideas do the work; `bench/ladder.py` measures the first three, and what else was changed on the way:
   * the reader first chooses episodes, then tokens inside them: one vector per sentence can't carry a code or a name;
   * nor can it tell Juraj from Juzaj: the best candidates are compared with the question word by word;
   * what it reads of a token is that token's row of the embedding table, through a map that starts as a small identity:
@@ -14,7 +14,7 @@ With `reading_layers`, as in the memories that are shipped, the few episodes tha
 "Since 2019 it takes 12 minutes" it depends on the question which number is the answer.
 
 Letters: G memories of a batch (1 outside of training) · R rows, R / G questions to each memory · T tokens of a row ·
-N episodes · k candidates, of which some are read · M tokens of an episode · H heads · D hidden size · F = 2 D features of a
+N episodes · k candidates, of which r are read · M tokens of an episode · H heads · D hidden size · F = 2 D features of a
 token · C head width. Where words are compared: W words of a question · U episodes that questions on one memory look at.
 """
 
@@ -43,7 +43,7 @@ class MemoryConfig(Settings):
     read="episode"."""
 
     inject_after: int = 8            # the decoder layer, counted from 1, whose output asks and is added to
-    heads: int = 4                   # H: each with its own key, token key and value map
+    heads: int = 4                   # H: each with keys of its own, of episodes and of tokens; what they read is added up
     key_dim: int = 64                # C of episode keys
     token_key_dim: int = 48          # C of token keys
     gat_dim: int = 32                # C of the graph attention
@@ -59,13 +59,13 @@ class MemoryConfig(Settings):
     read: str = "token"              # "token": attention inside an episode; "episode": its mean alone (the plan's)
     match: bool = True               # False: candidates are ranked by their keys alone
     said: bool = True                # False: readers don't know which words of an episode the question says itself
-    marks: bool = True               # False: nor does the reading attention mark where the answer begins and ends
-    follow: bool = True              # False: nor do they know where in an episode the words stand that have just been said
+    marks: bool = True               # False: the reading attention doesn't mark where the answer begins and ends
+    follow: bool = True              # False: words of the answer that have just been said aren't looked for in the episodes
     graph: bool = True               # False: keys without the GAT
     time_edges: bool = True          # previous <-> next; and a pronoun's sentence borrows the words of the two before it
     similar_edges: bool = True       # later candidates may silence earlier ones; this, said and borrowing need match
     cosine_keys: bool = True         # False: plain dot products
-    identity_values: bool = True     # value maps start as identity x value_scale; False: as small random matrices
+    identity_values: bool = True     # the value map starts as identity x value_scale; False: as a small random matrix
     value_scale: float = 0.05
     dropout: float = 0.0             # of features, while training
     null_threshold: float = 0.5      # answer() says it doesn't know when the null weight is above; chosen on validation data
@@ -135,7 +135,7 @@ class MemoryView:
     """What the injection layer sees of G memories, each in the order it was told."""
 
     keys: torch.Tensor               # (G, N, H, C)
-    nodes: torch.Tensor              # (G, N, D)
+    nodes: torch.Tensor              # (G, N, D or 2 D), see node_width
     valid: torch.Tensor              # (G, N)
     episodes: torch.Tensor           # (G, N) rows of `tokens`
     tokens: TokenStore
@@ -243,7 +243,7 @@ PRECEDING = 2                        # tokens before one that the key it is read
 LOOKBACK = 2                         # sentences before a pronoun's that may say who is meant
 NEAR = 2                             # tokens before and after one that may be what the question says
 WORDS = 12                           # the most telling words of a question are compared
-FOUND = 6                            # and as many tokens that the first hop found: those of a name, if it was asked by way of somebody
+FOUND = 6                            # and so are the tokens that the first hop read most: those of a name, if it was asked by way of somebody
 LEAST = -8.0                         # log-probability of what is as good as ruled out
 FOLLOWED = 6                         # tokens of the answer up to now that are looked for in the episodes
 NOTHING = -2                         # the id of no token: where no answer has been said yet
@@ -280,7 +280,7 @@ class Found:
 class Reading:
     """What a question found. Weights are log-probabilities, the null episode last; lists hold one entry a hop."""
 
-    context: torch.Tensor            # (R, T, H, D) what was read, before the value maps
+    context: torch.Tensor            # (R, T, H, D) what was read, before the value map
     asked: list                      # (R, H, N + 1): over all episodes by their keys, at the last position of the question
     candidates: list                 # (R, k): the best of them, rows of the memory
     ranked: list                     # (R, H, k + 1): over the candidates, compared word by word, at the same position
@@ -305,7 +305,7 @@ class MemoryInjectionLayer(nn.Module, Injection):
         D, H = hidden_size, config.heads
         self.config, self.end = config, end
         read, match, meaning = key_widths(config)
-        self.read_by, self.match_by, self.mean_by = slice(read), slice(read, read + match), slice(read + match, None)
+        self.read_by, self.match_by, self.meaning_at = slice(read), slice(read, read + match), slice(read + match, None)
         self.table = [embedding]     # in a list, so that it is neither saved nor trained with this module
         nodes = node_width(config, D)
         self.gnn = EpisodicMemoryGNN(nodes, H, config.key_dim, config.gat_dim, config.graph, config.cosine_keys)
@@ -467,39 +467,48 @@ class MemoryInjectionLayer(nn.Module, Injection):
             if config.similar_edges:
                 evidence = evidence + self.similarity(match.mean(1), keys, self.gnn.standardise(view.nodes[memory, best]), told)[:, None]
         # The best few will be read.
-        ranked = weigh(evidence)
+        ranked, meant = weigh(evidence), None
         top = heaviest(ranked, config.readable)                                                            # (R, r)
-        chosen, keys_read = best.gather(1, top), keys.take_along_dim(top[..., None, None], 1)
+        chosen, keys_read, valid_read = best.gather(1, top), keys.take_along_dim(top[..., None, None], 1), valid.gather(1, top)
         place, real = view.tokens.places(view.episodes[memory, chosen], spare)                             # (R, r, M)
-        ids, token_keys = view.tokens.ids[place], self.heads(view.tokens.keys_at(place, self.read_by))
         if hasattr(self, "meaning"):
             # 3. Side by side with the question, what do these say to it?
-            meant = self.understand(question.features, question.mask, found.context if found else None, view.tokens.keys_at(place, self.mean_by), real,
-                                    self.word[question.ids], self.word[ids])                               # (R, r, M, dim)
-            token_keys = F.normalize(token_keys + self.heads(self.understood_key(meant)).float(), dim=-1).to(token_keys.dtype)
-            fits = self.judge(meant, real, keys_read, told.gather(1, top)).masked_fill(~valid.gather(1, top)[:, None], -1e4)
-            reading.fits.append(fits)
+            meant = self.understand(question.features, question.mask, found.context if found else None, view.tokens.keys_at(place, self.meaning_at), real,
+                                    self.word[question.ids], self.word[view.tokens.ids[place]])            # (R, r, M, dim)
+            fits = self.judge(meant, real, keys_read, told.gather(1, top)).masked_fill(~valid_read[:, None], -1e4)
             evidence = evidence.scatter_add(2, top[:, None].expand_as(fits), fits)
             ranked = weigh(evidence)
-        kept = dict(keys=keys_read, valid=valid.gather(1, top), count=count, evidence=evidence.take_along_dim(top[:, None], 2),
-                    real=F.pad(real, (0, 1), value=True), values=self.values(F.pad(ids, (0, 1), value=self.end)).flatten(1, 2).to(at.dtype))
-        if config.read == "token":
-            end = F.normalize(self.end_key, dim=-1).to(token_keys.dtype).expand(*token_keys.shape[:2], 1, -1, -1)
-            kept["token_keys"] = torch.cat((token_keys, end), 2)                                           # (R, r, M + 1, H, C)
-            kept["of_all"] = self.token_query_pool[hop](question.pool())
-        if hasattr(self, "marks"):
-            marks = self.marks(meant).float().masked_fill(~real[..., None], -1e4).log_softmax(2)           # (R, r, M, 2)
-            kept["marks"] = F.pad(marked(marks), (0, 0, 0, 1)).to(at.dtype)                                # nothing speaks against the end
-            reading.marks.append(marks)
-        reading.token_ids, reading.place = ids.masked_fill(~real, -1), place
-        if hasattr(self, "goes_on") and hop == config.hops - 1:
-            # Where nobody has marked that, an answer may begin and end anywhere; half of LEAST leaves room for longer runs to count more.
-            edges = (marks - marks.amax(2, keepdim=True)).clamp(min=LEAST) if hasattr(self, "marks") else F.pad(at.new_full((1,), LEAST / 2), (0, 1))
-            kept["begins"], kept["ends"] = (edge.contiguous() for edge in edges.expand(*ids.shape, 2).to(at.dtype).unbind(-1))
-            kept["ids"] = reading.token_ids
+            reading.fits.append(fits)
+        reading.asked.append(asked), reading.candidates.append(best), reading.ranked.append(ranked), reading.chosen.append(chosen)
+        kept = dict(keys=keys_read, valid=valid_read, count=count, evidence=evidence.take_along_dim(top[:, None], 2),
+                    **self.open_tokens(hop, question, view.tokens, place, real, meant, reading))
         if hasattr(self, "said_weight"):
             kept["said"] = F.pad(said.take_along_dim(top[:, None, :, None], 2), (0, spare))                # (R, H, r, M)
-        reading.asked.append(asked), reading.candidates.append(best), reading.ranked.append(ranked), reading.chosen.append(chosen)
+        return kept
+
+    def open_tokens(self, hop, question, tokens, place, real, meant, reading):
+        """What `attend` needs to know of the tokens of the episodes that are read, as a dict, and told to the reading: they lie at `place`
+        (R, r, M) among `tokens`, `real` (R, r, M) of them exist, and the question takes them as `meant` (R, r, M, dim), if it was asked."""
+        ids, keys = tokens.ids[place], self.heads(tokens.keys_at(place, self.read_by))                     # (R, r, M), (R, r, M, H, C)
+        dtype = question.features.dtype
+        reading.token_ids, reading.place = ids.masked_fill(~real, -1), place
+        kept = dict(real=F.pad(real, (0, 1), value=True), values=self.values(F.pad(ids, (0, 1), value=self.end)).flatten(1, 2).to(dtype))
+        if meant is not None:
+            keys = F.normalize(keys + self.heads(self.understood_key(meant)).float(), dim=-1).to(keys.dtype)
+        if self.config.read == "token":
+            end = F.normalize(self.end_key, dim=-1).to(keys.dtype).expand(*keys.shape[:2], 1, -1, -1)
+            kept["token_keys"] = torch.cat((keys, end), 2)                                                 # (R, r, M + 1, H, C)
+            kept["of_all"] = self.token_query_pool[hop](question.pool())
+        marks = None
+        if hasattr(self, "marks"):
+            marks = self.marks(meant).float().masked_fill(~real[..., None], -1e4).log_softmax(2)           # (R, r, M, 2)
+            kept["marks"] = F.pad(marked(marks), (0, 0, 0, 1)).to(dtype)                                   # nothing speaks against the end
+            reading.marks.append(marks)
+        if hasattr(self, "goes_on") and hop == self.config.hops - 1:
+            # Where nobody has marked that, an answer may begin and end anywhere; half of LEAST leaves room for longer runs to count more.
+            bounds = F.pad(keys.new_full((1,), LEAST / 2), (0, 1)) if marks is None else (marks - marks.amax(2, keepdim=True)).clamp(min=LEAST)
+            kept["begins"], kept["ends"] = (bound.contiguous() for bound in bounds.expand(*ids.shape, 2).to(dtype).unbind(-1))
+            kept["ids"] = reading.token_ids
         return kept
 
     def read_on(self, x, memo, ids):
@@ -549,26 +558,26 @@ class MemoryInjectionLayer(nn.Module, Injection):
         how telling the word is.
         """
         (G, N), device = view.valid.shape, best.device
-        q, telling, asked = self.words(hop, question, found)
+        q, telling, own_words = self.words(hop, question, found)
         # Questions on one memory have candidates in common: each of these, and of those they may borrow from, is compared once.
         back = torch.arange(1 + LOOKBACK * self.config.time_edges, device=device)
         wanted = (best[..., None] - back).clamp(min=0)                                                     # (R, k, B)
         needed = torch.zeros(G, N, device=device).scatter(1, wanted.view(G, -1), 1.0)
-        most = min(N, wanted[0].numel()) if len(best) == G else int(needed.sum(1).max())       # one question has nothing to wait for
-        several = needed.topk(most, dim=1).indices                                                         # (G, U)
-        like, said = zip(*(self.likeness(q, asked, view.tokens, view.episodes.gather(1, some)) for some in several.split(256, dim=1)))
+        U = min(N, wanted[0].numel()) if len(best) == G else int(needed.sum(1).max())          # one question has nothing to wait for
+        several = needed.topk(U, dim=1).indices                                                            # (G, U)
+        like, said = zip(*(self.likeness(q, own_words, view.tokens, view.episodes.gather(1, some)) for some in several.split(256, dim=1)))
         like, said = torch.cat(like, -1), torch.cat(said, -2)                                              # (R, H, W, U), (R, H, U, M)
         slot = torch.zeros_like(view.episodes).scatter(1, several, torch.arange(several.shape[1], device=device).expand_as(several))
         own, *before = slot[memory[..., None], wanted].unbind(-1)                                          # (R, k) each: where among the U
-        most = like.take_along_dim(own[:, None, None], -1)                                                 # (R, H, W, k)
+        matched = like.take_along_dim(own[:, None, None], -1)                                              # (R, H, W, k)
         if before:
             # Beside its own words a sentence may borrow those of the sentences before it: it may start with "she".
             # The - 1 keeps the gate mostly shut at first: few sentences do.
             gates = torch.sigmoid(self.lookback(self.gnn.standardise(view.nodes[memory, best])).float() - 1)       # (R, k, LOOKBACK * H)
             gates = gates.unflatten(-1, (LOOKBACK, -1)).permute(2, 0, 3, 1)                                # (LOOKBACK, R, H, k)
             for b, (at, gate) in enumerate(zip(before, gates), 1):
-                most = torch.maximum(most, like.take_along_dim(at[:, None, None], -1) * (gate * (best >= b)[:, None])[:, :, None])
-        match = torch.einsum("rhwk,rwh->rhk", most, telling)
+                matched = torch.maximum(matched, like.take_along_dim(at[:, None, None], -1) * (gate * (best >= b)[:, None])[:, :, None])
+        match = torch.einsum("rhwk,rwh->rhk", matched, telling)
         return match, said.take_along_dim(own[:, None, :, None], 2)
 
     def words(self, hop, question, found):
@@ -663,8 +672,8 @@ class MemoryInjectionLayer(nn.Module, Injection):
     def read_everywhere(self, x):
         """No prompt is marked: every position asks for itself, with the WINDOW tokens up to it, so that none sees its future.
 
-        Returns the context (B, T, H, D), and where it is to be heard (B, T): text that asks nothing is left as it is, to the
-        bit, so a position hears nothing unless the memory is nearly sure that it was asked.
+        Returns the context (B, T, H, D), and where it is to be heard (B, T): text that asks nothing is to be left as
+        it is, so a position hears nothing unless the memory is nearly sure that it was asked.
         """
         B, T, _ = x.shape
         windows = F.pad(x, (0, 0, WINDOW - 1, 0)).unfold(1, WINDOW, 1).flatten(0, 1)                       # (B * T, F, WINDOW)

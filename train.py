@@ -52,7 +52,7 @@ class TrainConfig:
     out: str = field(default="out/memory", metadata={"help": "folder for the trained memory, its checkpoint and log"})
     steps: int = field(default=360, metadata={"help": "optimizer steps"})
     minutes: float = field(default=0.0, metadata={"help": "end after so many minutes of training if the steps are not done by then; 0: never"})
-    batch: int = field(default=64, metadata={"help": "R: questions a step"})
+    batch: int = field(default=64, metadata={"help": "R: questions a batch; a step has --accumulate of these"})
     accumulate: int = field(default=1, metadata={"help": "batches whose gradients are added up to one step; several processes share them out"})
     bundles: int = field(default=4000, metadata={"help": "P: bundles of sentences and questions in the pool"})
     facts: int = field(default=16, metadata={"help": "the largest memory in training; memories grow up to it"})
@@ -87,7 +87,7 @@ class TrainConfig:
                                 lr=0, weight_decay=0, clip=0, retrieval=0, copying=0, judging=0, marking=0, unknown=0, text=0).items():
             if not getattr(self, name) >= least:
                 raise InputError(f"expected --{name.replace('_', '-')} of at least {least}, got {getattr(self, name)}.")
-        for name, least, most in (("hard", 0.001, 1000), ("lr", 0, 1000), ("tokens", 16, 4096), ("seed", -10 ** 10, 10 ** 10)):
+        for name, least, most in (("hard", 0.001, 1000), ("lr", 0, 1000), ("tokens", 16, 4096), ("seed", -10 ** 10, 10 ** 10), ("accumulate", 1, 64)):
             if not least <= getattr(self, name) <= most:
                 raise InputError(f"expected --{name} from {least} to {most}, got {getattr(self, name)}.")
         if self.accumulate % processes():
@@ -270,7 +270,7 @@ def schedule(settings, step, seconds):
     warm = min(1.0, (step + 1) / max(1, settings.warmup))
     rate = settings.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
     least = min(settings.first_facts, settings.facts)
-    stages = int(math.log2(settings.facts / least)) + 1
+    stages = math.ceil(math.log2(settings.facts / least)) + 1
     # small memories are quick to learn from: the first stages are short
     stage = min(stages - 1, int(stages * done ** 0.5 * 1.1))
     return rate, min(settings.facts, least * 2 ** stage), done
@@ -419,8 +419,8 @@ def train(settings, memory_config=None, model=None, pools=None):
                 waited = waited + 1 if best is not None and score <= best else 0
                 last_step = last_step or 0 < settings.patience <= waited
                 if last_step:
-                    for N, alone in lesson.evaluate(silent=True, questions=128).items():
-                        last[N]["base_alone"] = alone["recall"]
+                    for size, alone in lesson.evaluate(silent=True, questions=128).items():
+                        last[size]["base_alone"] = alone["recall"]
                 if best is None or score >= best - 0.005:                  # within chance, what has learnt more counts as better
                     best = score if best is None else max(best, score)
                     model.trained = dict({k: v for k, v in asdict(settings).items() if k not in ("out", "init", "device", "resume", "workers")},

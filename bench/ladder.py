@@ -53,7 +53,7 @@ RUNGS = (
     ("plan", "the original plan: mean embeddings, one pooled query, closed word lists", {}),
     ("open-words", "values from the whole vocabulary", dict(open_words=True)),
     ("hidden-nodes", "nodes are mean hidden states", dict(node_features="hidden")),
-    ("identity-values", "value maps start as the identity", dict(identity_values=True)),
+    ("identity-values", "the value map starts as the identity", dict(identity_values=True)),
     ("cosine-keys", "keys and queries of length 1", dict(cosine_keys=True)),
     ("retrieval-loss", "a loss on which episode is found", dict(retrieval=TrainConfig.retrieval)),
     ("token-query", "every position asks for itself", dict(query="token")),

@@ -89,7 +89,7 @@ def test_measures_what_training_measures(base, monkeypatch):
     config = MemoryConfig(inject_after=2, heads=2, key_dim=16, token_key_dim=8, gat_dim=8)
     model = GemmaWithMemory(Gemma.from_pretrained(base), Tokenizer(base), config, base)
     monkeypatch.setattr(ladder, "ROWS", 64)
-    pool = train.Pool(model, "validation", 40, 200, 3, progress=False)
+    pool = train.Pool(model, "validation", 40, 200, 4, progress=False)
     pool.set_statistics(model)
     expected = train.evaluate(model, pool, TrainConfig(batch=ladder.ROWS, tokens=200), questions=ladder.ROWS)
     found = ladder.measure(model, pool, 200, ladder.ROWS - 1)              # rounded up to a whole batch

@@ -1,11 +1,11 @@
 """Better recall, in ten minutes of training
 
-difficulty: open · importance: high · minutes: 120 · needs: 13, 14 · check: 12 min
+difficulty: open · importance: high · minutes: 120 · needs: 13, 14 · check: 13 min
 
 `settings` says what the memory is made of, `train_memory` trains it. The check gives `train_memory` a memory that has learnt
 nothing, on the frozen tiny model, and ten minutes. Then it asks questions about people and values that are in no training
 data, 16 facts to a memory. The score is the share, in %, that is answered right to the letter. What the shipped memory
-answers of the same questions stands beside it: it learnt for most of an hour, on a large GPU.
+answers of the same questions stands beside it: it learnt for an hour, on a large GPU.
 
  - `lessons` draws from 4,000 bundles of sentences for you; look into train.py for what else a batch holds, for losses, for
    rates that rise and fall, and for how its own loop is put together. All of it is yours to use or to beat.

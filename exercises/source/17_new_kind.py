@@ -1,6 +1,6 @@
 """A new kind of question
 
-difficulty: open · importance: medium · minutes: 90 · needs: 14 · check: 6 min
+difficulty: open · importance: medium · minutes: 90 · needs: 14 · check: 8 min
 
 The shipped memory was trained on the six kinds of question of data_gen.py. Think of one that it can't answer, write sentences
 and questions of that kind, and let it learn them. `new_kind` makes one example: a few facts that belong together, a question,

@@ -72,7 +72,7 @@ def evidence(run, cause):
                              f"{seen['recall']:.0%} of its sample and {one['recall']:.0%} of what is new",
         "one pooled vector": f"such a run spreads its attention evenly inside a fact; this one has {seen['tokens']:.0%} of it on the tokens that the answer goes on with",
         "no negatives": f"such a run can't choose among facts; this one finds the right one first among 16 in {new['first']:.0%} of cases",
-        "dead gate": f"such a run adds nothing to the hidden states; this one's value maps have weights up to {run.model.injection.value_map.abs().max():.2f}",
+        "dead gate": f"such a run adds nothing to the hidden states; this one's value map has weights up to {run.model.injection.value_map.abs().max():.2f}",
     }[cause]
 
 
