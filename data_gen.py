@@ -848,6 +848,18 @@ def sizes(text):
     return int(low), int(high or low)
 
 
+def replaceable(path):
+    """Whether nothing is lost when `path` is written: it isn't there, is empty, or begins with an example as JSON."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            line = file.readline()
+        return not line or {"facts", "question", "answer"} <= json.loads(line).keys()
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
 def main(arguments=None):
     parser = Parser(description="Write synthetic memories with one question each as JSONL: facts, question, answer, support "
                                 "(indices into the facts), kind, split.",
@@ -868,6 +880,8 @@ def main(arguments=None):
                              f"got {args.n} and {args.facts[0]}:{args.facts[1]}.")
         if not args.out.parent.is_dir() or args.out.is_dir():
             raise InputError(f"{args.out}: expected a file in a folder that exists; make the folder or choose another.")
+        if not replaceable(args.out):
+            raise InputError(f"{args.out}: expected a new file, or examples that were written before, and this is another; choose another name.")
         folder = args.tokenizer or HERE / "tiny"
         words = open_vocabulary(Tokenizer(folder)) if args.tokenizer or (folder / "tokenizer.model").is_file() else ()
         world = World(args.split, args.seed, words)

@@ -69,7 +69,7 @@ def write_json(path, value):
 def read_json(path):
     """The JSON object in the file at `path`. Raises InputError if it is missing, unreadable or no object."""
     if not os.path.isfile(path):         # a pipe would be waited for without end
-        raise InputError(f"{path}: expected this file, but it does not exist; give a folder that holds it.")
+        raise InputError(f"{path}: expected this file, but it does not exist; name one that is there.")
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

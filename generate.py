@@ -70,7 +70,7 @@ def parse_arguments(arguments):
                         help="choose among the k likeliest tokens; 0 for all (default: 0)")
     choice.add_argument("--top-p", type=number(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1"), default=1.0,
                         help="choose among the likeliest tokens that hold this much probability (default: 1)")
-    choice.add_argument("--seed", type=number(int, lambda x: 0 <= x < 2 ** 63, "a whole number of at least 0"),
+    choice.add_argument("--seed", type=number(int, lambda x: 0 <= x < 2 ** 63, "a whole number from 0 to 2**63 - 1"),
                         help="the same seed gives the same answer (default: another one each time)")
     choice.add_argument("--max-tokens", type=number(int, lambda x: 0 < x < 2 ** 31, "a whole number of at least 1"), default=64,
                         help="the longest answer (default: 64)")
@@ -100,7 +100,7 @@ def read_facts(path):
             fail(f"expected at most {MOST_BYTES >> 20} MB of facts, got more in {path}; split the file.")
         text = blob.decode("utf-8-sig")
     except OSError as error:
-        fail(f"expected a facts file, but {path} can't be read ({error.strerror}); give a text file with one fact a line.")
+        fail(f"expected a facts file, but {path or 'an empty name'} can't be read ({error.strerror}); give a text file with one fact a line.")
     except UnicodeDecodeError as error:
         fail(f"expected UTF-8 text in {path}, but byte {error.start} isn't; save the file as UTF-8.")
     if "\0" in text:
@@ -164,13 +164,15 @@ def talk(model, args, chat=None):
         say(f"{len(model.memory_graph)} facts. Ask, or /help.")
     while True:
         try:
-            line = input("> " if by_hand and sys.stdout.isatty() else "").strip()
+            line = input("> " if by_hand and sys.stdout.isatty() else "").removeprefix("\ufeff").strip()      # some editors' first character
         except EOFError:
             return
         command, _, rest = line.partition(" ")
         try:
             if not line:
                 continue
+            elif "\0" in line:                                             # as in a facts file, which couldn't take it back
+                raise InputError("expected text, got a NUL character; leave it out.")
             elif chat is not None and chat.handles(line, say):
                 continue
             elif not line.startswith("/"):

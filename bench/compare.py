@@ -22,6 +22,7 @@ With --shipped the graph memory is the one that ships with the base, not one tha
 examples it saw, and for how long.
 """
 
+import argparse
 import json
 import math
 import sys
@@ -339,16 +340,19 @@ def plot(result, path):
 # --------------------------------------------------------------------------------------------------- the command line
 
 def numbers(text):
-    values = sorted({int(part) for part in text.split(",")})
+    try:
+        values = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        values = [0]
     if values[0] < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"expected whole numbers from 1, such as 4,16, got {text!r}")
     return values
 
 
 def names(text):
     chosen = text.split(",")
     if not set(chosen) <= set(DESIGNS):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(DESIGNS)}, got {text!r}")
     return [name for name in DESIGNS if name in chosen]
 
 

@@ -13,6 +13,7 @@ A memory of N facts is asked many questions; small ones are drawn again and agai
 Intervals are Wilson's 95%, as if questions were independent; those on the same memory are not quite.
 """
 
+import argparse
 import ast
 import math
 import sys
@@ -796,16 +797,19 @@ def plot(result, path):
 # --------------------------------------------------------------------------------------------------- the command line
 
 def numbers(text):
-    values = sorted({int(part) for part in text.split(",")})
+    try:
+        values = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        values = [0]
     if values[0] < 2:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"expected whole numbers from 2, such as 4,16, got {text!r}")
     return values
 
 
 def parts(text):
     names = text.split(",")
     if not set(names) <= set(PARTS):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(PARTS)}, got {text!r}")
     return [name for name in PARTS if name in names]
 
 
@@ -838,6 +842,8 @@ def parse_arguments(arguments):
             raise InputError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(args, name)}.")
     if args.set_threshold and "refusal" not in args.only:
         raise InputError("expected 'refusal' among --only, because --set-threshold chooses the threshold there; add it.")
+    if args.text not in ("", "docstrings", "sampled") and not Path(args.text).is_file():
+        raise InputError(f"expected --text to be docstrings, sampled or a UTF-8 file, got {args.text!r}, which is no file.")
     args.out = out_folder(args.out, "recall", args.model)
     return args
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from extras.blocks import unpacked
-from extras.memory_model import SHIPPED
+from extras.memory_model import SHIPPED, new_folder
 from gemma import InputError, read_json
 from memory import GemmaWithMemory, MemoryConfig
 
@@ -67,6 +67,9 @@ def opened(name, fresh):
     config = MemoryConfig.from_dict({**known, **{field: value for field, value in theirs.items() if field in known}}, f"{folder}/memory.json")
     model = GemmaWithMemory.from_pretrained(base=saved["base"].get("name"), config=config)
     model.trained = saved.get("trained", {})
+    names = [tensor for tensor, _ in model.injection.named_parameters()]
+    if unknown := [part for part in fresh if not any(tensor.startswith(part) for tensor in names)]:
+        raise InputError(f"expected parts of the memory as --fresh, got {unknown[0]!r}; they begin like one of {', '.join(sorted({t.split('.')[0] for t in names}))}.")
     try:
         weights = {tensor: value for tensor, value in unpacked(load_file(folder / "memory.safetensors")).items() if not tensor.startswith(tuple(fresh))}
     except (SafetensorError, OSError) as error:
@@ -78,7 +81,7 @@ def opened(name, fresh):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="A trained memory with a larger reader, that answers as it did.",
+    parser = argparse.ArgumentParser(prog="python -m extras.grow", description="A trained memory with a larger reader, that answers as it did.",
                                      epilog="example: python -m extras.grow gemma-3-270m out/grown --reading-dim 256 --reading-layers 4")
     parser.add_argument("memory", help="tiny, gemma-3-270m, or a folder that train.py wrote")
     parser.add_argument("out", type=Path, help="folder for the larger one")
@@ -87,6 +90,7 @@ def main(arguments=None):
     parser.add_argument("--fresh", nargs="+", default=[], metavar="NAME", help="parts that start anew, by the beginnings of their tensors' names, such as outdated")
     parser.add_argument("--seed", type=int, default=0, help="of what starts at random (default 0)")
     args = parser.parse_args(arguments)
+    new_folder(args.out)
     old, weights = opened(args.memory, args.fresh)
     asked = {name: value for name in ("reading_dim", "reading_layers") if (value := getattr(args, name)) is not None}
     config = replace(old.config, **asked)
@@ -102,7 +106,7 @@ def main(arguments=None):
     new.trained = dict(old.trained, grown_from=Path(args.memory).name)
     new.save_pretrained(args.out)
     kept = sum(weights[name].numel() for name, _ in old.injection.named_parameters() if name in weights)
-    print(f"saved {args.out}: {sum(p.numel() for p in new.trainable_parameters()):,} parameters, which {kept:,} of before live on in", file=sys.stderr)
+    print(f"saved {args.out}: {sum(p.numel() for p in new.trainable_parameters()):,} parameters, {kept:,} of them from before", file=sys.stderr)
 
 
 if __name__ == "__main__":

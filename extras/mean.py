@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from extras.memory_model import new_folder
 from gemma import InputError
 from memory import GemmaWithMemory
 
@@ -21,12 +22,13 @@ def mean(one, other):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="The mean of two memories, of which one was trained from the other.",
+    parser = argparse.ArgumentParser(prog="python -m extras.mean", description="The mean of two memories, of which one was trained from the other.",
                                      epilog="example: python -m extras.mean out/grown out/270m out/mean")
     parser.add_argument("before", help="the memory that training began with (train.py --init)")
     parser.add_argument("after", help="the one that it made")
     parser.add_argument("out", type=Path, help="folder for the mean of the two")
     args = parser.parse_args(arguments)
+    new_folder(args.out)
     before, after = map(GemmaWithMemory.from_pretrained, (args.before, args.after))
     shapes = lambda model: {name: p.shape for name, p in model.injection.named_parameters()}
     if shapes(before) != shapes(after):

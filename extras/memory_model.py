@@ -63,6 +63,15 @@ def find_base(name):
     return name
 
 
+def new_folder(path):
+    """`path`, a folder that a memory may be written to. Raises InputError where one lies there already, and for a file or a name that ships."""
+    path = Path(path)
+    if str(path) in SHIPPED or (path / "memory.json").exists() or path.exists() and not path.is_dir():
+        what = "the name of a memory that ships" if str(path) in SHIPPED else "where there is a file" if path.is_file() else "which holds a memory"
+        raise InputError(f"expected a new folder to write to, got {path}, {what}; name another.")
+    return path
+
+
 def facts_bar(doing, count, progress):
     """A progress bar of so many facts, once it takes more than a moment."""
     return tqdm(total=count, desc=doing, unit="fact", disable=not progress, file=sys.stderr, leave=False, delay=2)

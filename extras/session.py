@@ -62,6 +62,8 @@ class Session:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.file = self.folder / "episodes.jsonl"
+        if taken(self.folder):
+            raise InputError(f"expected the folder of a session, or a new one, but {folder} holds something else; choose another.")
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)     # a diary is nobody else's
             os.close(os.open(self.file, os.O_RDWR | os.O_CREAT, 0o600))
@@ -211,6 +213,15 @@ class Session:
             raise InputError(f"expected the id of a fact, got {i!r}; /facts lists them.")
 
 
+def taken(folder):
+    """Whether a folder holds files, but no session."""
+    try:
+        files = set(os.listdir(folder))
+    except OSError:                                                        # it isn't there, or will be refused for that
+        return False
+    return "episodes.jsonl" not in files and not files <= {".lock", "cache.safetensors"}
+
+
 def whole(number, most):
     return type(number) is int and 0 <= number <= most
 
@@ -353,6 +364,8 @@ class Chat:
 
     def export(self, path, say):
         live = self.session.live()
+        if not path:
+            raise InputError("expected the name of a new file after /export.")
         try:
             with open(path, "x", encoding="utf-8") as file:                # never over a file that is there
                 file.writelines(" ".join(text.splitlines()) + "\n" for _, text in live)

@@ -500,6 +500,21 @@ def test_command_line_refuses(wrong, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("held, good", [("Maria lives in Lisbon.\n", False), ("[1]\n", False), ('{"facts": 1}\n', False), ("\0", False), ("", True),
+                                        ('{"facts": [], "question": "", "answer": ""}\n', True)])
+def test_another_file_is_not_written_over(held, good, tmp_path, capsys):
+    """Catches somebody's facts that are gone because they were named in --out."""
+    file = tmp_path / "facts.txt"
+    file.write_text(held)
+    if good:
+        main(["--n", "2", "--out", str(file)])
+        assert file.read_text().count("\n") == 2
+    else:
+        with pytest.raises(SystemExit):
+            main(["--n", "2", "--out", str(file)])
+        assert file.read_text() == held and "expected a new file" in capsys.readouterr().err
+
+
 def test_help_runs():
     """Catches a command line that can't even explain itself; run as a learner would, with another hash seed."""
     done = subprocess.run([sys.executable, str(data_gen.HERE / "data_gen.py"), "--help"], capture_output=True, text=True,

@@ -125,8 +125,8 @@ def test_a_memory_of_an_earlier_design_is_brought_up_to_date(tmp_path):
     assert tensors.keys() - same == {"outdated.says.weight", "outdated.says.bias"} and (new["marks.weight"] != 0).any() and (new["mark_query.0.weight"] == 0).all()
     assert (new["goes_on.weight"] == 0).all() and (new["goes_on.bias"] == 0.5).all()
     assert len(silent) > 1 and not any(new[name].any() for name in silent)
-    grow.main([str(folder), str(out), "--fresh", "understand.layers.0.alike", "marks", "outdated"])
-    assert (GemmaWithMemory.from_pretrained(out).injection.state_dict()["understand.layers.0.alike"] == 1).all()
+    grow.main([str(folder), str(tmp_path / "again"), "--fresh", "understand.layers.0.alike", "marks", "outdated"])
+    assert (GemmaWithMemory.from_pretrained(tmp_path / "again").injection.state_dict()["understand.layers.0.alike"] == 1).all()
 
 
 def test_what_cannot_be_grown_is_refused(tmp_path):
@@ -138,6 +138,8 @@ def test_what_cannot_be_grown_is_refused(tmp_path):
         grow.main([str(folder), str(tmp_path / "out"), "--reading-layers", "0"])
     with pytest.raises(InputError, match="that has a reader"):
         grow.main([str(toy_model(tmp_path / "without", reading_layers=0)), str(tmp_path / "out"), "--reading-dim", "32"])
+    with pytest.raises(InputError, match="'outdate_d'; they begin like one of .*marks"):
+        grow.main([str(folder), str(tmp_path / "out"), "--fresh", "outdate_d"])
     assert not (tmp_path / "out").exists()
 
 
@@ -158,3 +160,18 @@ def test_the_mean_lies_between_two_memories(tmp_path):
     with pytest.raises(InputError, match="same settings"):
         mean.main([str(toy_model(tmp_path / "other", reading_layers=2)), str(tmp_path / "after"), str(tmp_path / "no")])
     assert not (tmp_path / "no").exists()
+
+
+def test_no_memory_is_written_over(tmp_path, monkeypatch):
+    """Catches a trained memory that is gone because another was to be called the same, and files among those of the project."""
+    folder = toy_model(tmp_path / "toy")
+    (tmp_path / "file").write_text("mine")
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    monkeypatch.chdir(tmp_path)
+    for out, what in ((str(folder), "which holds a memory"), ("file", "where there is a file"), ("tiny", "the name of a memory that ships")):
+        with pytest.raises(InputError, match=f"expected a new folder to write to, got .*, {what}"):
+            grow.main([str(folder), out])
+        with pytest.raises(InputError, match="expected a new folder"):
+            mean.main([str(folder), str(folder), out])
+    assert before == {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} and (tmp_path / "file").read_text() == "mine"
+    assert not (tmp_path / "tiny").exists()

@@ -488,6 +488,13 @@ def test_what_the_model_can_not_take(run, folder):
     assert code == 0 and re.search("note: episode 1 is left out: expected a fact of at most 128", err) and "a while ago \\x1b" in err
 
 
+def test_what_a_file_could_not_take_back(run, folder, tmp_path):
+    """Catches a character that /export writes and /import refuses, and a byte order mark that becomes part of the first fact."""
+    code, out, err = run("--session", folder, stdin=f"\ufeffMaria lives in Lisbon.\nTom\0 lives in Porto.\n/export {tmp_path / 'out.txt'}\n/export\n")
+    assert code == 0 and "NUL character" in err and "the name of a new file after /export" in err
+    assert (tmp_path / "out.txt").read_bytes() == b"Maria lives in Lisbon.\n"
+
+
 def test_an_edit_with_an_editor_counts(run, toy, folder):
     """Catches a cache that is believed over the text."""
     run("--session", folder, stdin="\n".join(FACTS[:4]))
@@ -506,6 +513,10 @@ def test_folders_that_are_none(run, tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "x", tmp_path / "a", tmp_path / "b", "x" * 5000):
         code, out, err = run("--session", path, QUESTION)
         assert (code, out) == (2, "") and re.fullmatch(r"error: [^\n]+\n", err)
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "novel.txt").write_text("mine")
+    code, out, err = run("--session", tmp_path / "e", QUESTION)
+    assert (code, out) == (2, "") and "holds something else" in err and [file.name for file in (tmp_path / "e").iterdir()] == ["novel.txt"]
     session = Session(tmp_path / "d")
     session.file.unlink()
     os.mkfifo(session.file)                                                # while it is open
