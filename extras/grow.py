@@ -1,5 +1,6 @@
 """A trained memory with a larger reader, that answers as it did:  python -m extras.grow extras/gemma-3-270m out/grown --reading-dim 256
 Or one of an earlier design brought up to date:                    python -m extras.grow out/old out/new --fresh outdated
+Or one that looks at more candidates:                              python -m extras.grow out/K out/wider --candidates 96
 
 What was learnt is put into the corner of larger matrices, and the new rest starts silent, as in Net2Net
 (https://arxiv.org/abs/1511.05641): new widths hold 0 until training writes into them, new layers add 0. Where the memory's design
@@ -87,14 +88,15 @@ def main(arguments=None):
     parser.add_argument("out", type=Path, help="folder for the larger one")
     parser.add_argument("--reading-dim", type=int, help="width of the reading attention (default: as it is)")
     parser.add_argument("--reading-layers", type=int, help="its layers (default: as they are)")
+    parser.add_argument("--candidates", type=int, help="episodes that are compared word by word: more find more in large memories (default: as it is)")
     parser.add_argument("--fresh", nargs="+", default=[], metavar="NAME", help="parts that start anew, by the beginnings of their tensors' names, such as outdated")
     parser.add_argument("--seed", type=int, default=0, help="of what starts at random (default 0)")
     args = parser.parse_args(arguments)
     new_folder(args.out)
     old, weights = opened(args.memory, args.fresh)
-    asked = {name: value for name in ("reading_dim", "reading_layers") if (value := getattr(args, name)) is not None}
+    asked = {name: value for name in ("reading_dim", "reading_layers", "candidates") if (value := getattr(args, name)) is not None}
     config = replace(old.config, **asked)
-    config.check("--reading-dim, --reading-layers")
+    config.check("--reading-dim, --reading-layers, --candidates")
     if "understand.ask.weight" not in weights or config.reading_dim < old.config.reading_dim or config.reading_layers < old.config.reading_layers:
         raise InputError(f"expected a memory that has a reader, and at least its {old.config.reading_layers} layers of width {old.config.reading_dim}, "
                          f"got {config.reading_layers} of {config.reading_dim}.")
