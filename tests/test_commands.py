@@ -84,6 +84,7 @@ COMMANDS = {
        for before, after, seed, minutes, lr in (("following", "H", 8, 7, "1e-3"), ("H", "I", 9, 7.3, "8e-4"))},
     'python -m extras.grow out/I out/sharing --fresh understand.layers.0.alike understand.layers.1.alike understand.layers.2.alike understand.layers.3.alike':
         (FRESH, "grow.main("),
+    'python -m extras.grow out/K out/wider --candidates 96': ("tests/test_grow.py::test_more_candidates_are_compared", "grow.main("),
     **{f'python train.py --model gemma-3-270m --init out/{before} --sentence-layers 2 --reading-layers 4 --reading-dim 256 --candidates 32 --readable 6 --seed {seed} '
        f'--steps 30000 --minutes {minutes} --batch 1024 --bundles {bundles} --workers 15 --first-facts 32 --facts 256 --unknown 0.12 --text 0.05 --hard 3 --judging 0.5 --lr {lr} '
        f'--warmup 60 --tokens 44 --eval-every 300 --dropout 0.04 --out out/{after}': ("tests/test_train.py::test_a_run_can_start_from_a_trained_memory", "init=")

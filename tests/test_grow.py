@@ -175,3 +175,14 @@ def test_no_memory_is_written_over(tmp_path, monkeypatch):
             mean.main([str(folder), str(folder), out])
     assert before == {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} and (tmp_path / "file").read_text() == "mine"
     assert not (tmp_path / "tiny").exists()
+
+
+def test_more_candidates_are_compared(tmp_path):
+    """Catches a setting that isn't saved, weights that are another memory's after that, and a number that no memory can have."""
+    folder = toy_model(tmp_path / "toy")
+    grow.main([str(folder), str(tmp_path / "wider"), "--candidates", "96"])
+    old, new = map(GemmaWithMemory.from_pretrained, (folder, tmp_path / "wider"))
+    assert new.config == replace(old.config, candidates=96) and old.config.candidates != 96
+    assert all(torch.equal(p, q) for p, q in zip(old.injection.parameters(), new.injection.parameters()))
+    with pytest.raises(InputError, match="candidates from 1 to 4096"):
+        grow.main([str(folder), str(tmp_path / "none"), "--candidates", "0"])
