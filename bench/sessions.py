@@ -17,10 +17,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import generate
 import variants
@@ -80,6 +82,7 @@ def converse_in_child(model, folder):
         try:
             os.close(ours)
             os.close(theirs)
+            tqdm.set_lock(threading.RLock())                               # its own is shared with us, who would wait for it after the kill
             sys.stdin, sys.stderr = open(lines, encoding="utf-8"), open(notes, "w", encoding="utf-8")
             chat = Chat(model, folder, progress=False)
             print("open", file=sys.stderr, flush=True)
