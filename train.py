@@ -83,7 +83,7 @@ class TrainConfig:
     def check(self):
         """Raise InputError for settings that can't be trained with."""
         variants.check_name(self.variant)
-        for name, least in dict(steps=1, batch=8, accumulate=1, bundles=1, facts=8, first_facts=1, eval_every=1, tokens=16, workers=0, warmup=0, patience=0, minutes=0,
+        for name, least in dict(steps=1, batch=8, bundles=1, facts=8, first_facts=1, eval_every=1, tokens=16, workers=0, warmup=0, patience=0, minutes=0,
                                 lr=0, weight_decay=0, clip=0, retrieval=0, copying=0, judging=0, marking=0, unknown=0, text=0).items():
             if not getattr(self, name) >= least:
                 raise InputError(f"expected --{name.replace('_', '-')} of at least {least}, got {getattr(self, name)}.")
@@ -279,7 +279,7 @@ def schedule(settings, step, seconds):
 def gradients(lesson, settings, step, N, parts):
     """Add up the gradients of some of a step's batches, numbers below `accumulate`. Returns the loss of the last, and its parts."""
     for part in parts:
-        # Every draw is a function of seed and step: a resumed run sees what the unbroken one would have.
+        # Every draw is a function of seed, step and batch, of which a step has 64 at most: a resumed run sees what the unbroken one would have.
         generator = torch.Generator(lesson.model.gemma.device).manual_seed((settings.seed * 1_000_003 + step) * 64 + part)
         torch.manual_seed((settings.seed * 1_000_003 + step) * 64 + part)                    # for dropout
         with autocast(lesson.model):

@@ -214,12 +214,12 @@ class Session:
 
 
 def taken(folder):
-    """Whether a folder holds files, but no session."""
+    """Whether a folder holds files, but no session. Hidden ones, such as our own lock, don't count."""
     try:
-        files = set(os.listdir(folder))
+        files = {name for name in os.listdir(folder) if not name.startswith(".")}
     except OSError:                                                        # it isn't there, or will be refused for that
         return False
-    return "episodes.jsonl" not in files and not files <= {".lock", "cache.safetensors"}
+    return "episodes.jsonl" not in files and not files <= {"cache.safetensors"}
 
 
 def whole(number, most):

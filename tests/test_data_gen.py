@@ -515,6 +515,14 @@ def test_another_file_is_not_written_over(held, good, tmp_path, capsys):
         assert file.read_text() == held and "expected a new file" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="no such device here")
+def test_a_device_is_no_file_for_examples(capsys):
+    """Catches a device that is read without end, or replaced."""
+    with pytest.raises(SystemExit):
+        main(["--n", "2", "--out", "/dev/zero"])
+    assert "expected a new file" in capsys.readouterr().err and not os.path.isfile("/dev/zero")
+
+
 def test_help_runs():
     """Catches a command line that can't even explain itself; run as a learner would, with another hash seed."""
     done = subprocess.run([sys.executable, str(data_gen.HERE / "data_gen.py"), "--help"], capture_output=True, text=True,

@@ -21,7 +21,7 @@ import memory
 from bench import sessions
 from extras import episode_cache
 from extras.episode_cache import Known, load, model_key, remember, save
-from extras.session import Chat, HELP, Session, is_question
+from extras.session import Chat, HELP, Session, is_question, taken
 from gemma import InputError
 from memory import GemmaWithMemory
 from toy import FACTS, one_thread, toy_model  # noqa: F401 (one_thread is a fixture)
@@ -514,9 +514,11 @@ def test_folders_that_are_none(run, tmp_path):
         code, out, err = run("--session", path, QUESTION)
         assert (code, out) == (2, "") and re.fullmatch(r"error: [^\n]+\n", err)
     (tmp_path / "e").mkdir()
+    (tmp_path / "e" / ".hidden").write_text("a file browser's")
+    assert not taken(tmp_path / "e")
     (tmp_path / "e" / "novel.txt").write_text("mine")
     code, out, err = run("--session", tmp_path / "e", QUESTION)
-    assert (code, out) == (2, "") and "holds something else" in err and [file.name for file in (tmp_path / "e").iterdir()] == ["novel.txt"]
+    assert (code, out) == (2, "") and "holds something else" in err and {file.name for file in (tmp_path / "e").iterdir()} == {".hidden", "novel.txt"}
     session = Session(tmp_path / "d")
     session.file.unlink()
     os.mkfifo(session.file)                                                # while it is open
