@@ -5,7 +5,8 @@
 A memory that is trained on closed lists of values learns to classify and never to copy. So many values here are made
 from the tokenizer's whole vocabulary, whatever the question asks for: a locker code may be "Violet harbour", a sister
 "4821-B". The sentence alone says what belongs to whom, and the answer has to be carried over token by token. An answer never
-begins with an article, unless that counts: "a toothbrush" is answered "toothbrush", "an hour and a half" as it stands.
+begins with an article, unless that counts: "a toothbrush" is answered "toothbrush", "an hour and a half" as it stands; nor with
+a preposition that the question knows: "in the bird feeder" is answered "bird feeder", "under the bench" as it stands.
 
 How the file goes, top to bottom:
   * `data_gen.json` holds attributes and relations with their sentence templates, names, things, lists and patterns of values
@@ -75,9 +76,13 @@ PRONOUN_HOLES = ("{Sub}", "{sub}", "{Poss}", "{poss}", "{obj}")
 PRONOUNS = {"female": ("She", "she", "Her", "her", "her"), "male": ("He", "he", "His", "his", "him"),
             "it": ("It", "it", "Its", "its", "it")}
 HOLE = re.compile(r"\{([a-z]\w*)\}(?<!\{p\})(?<!\{sub\})(?<!\{poss\})(?<!\{obj\})")     # of a value or of {q}
-ARTICLE = re.compile(r"(?:an?(?! (?:hour|minute|day|week|fortnight|month|year|decade|century|dozen|hundred|thousand|million|billion"
+LEADING = re.compile(r"(?:an?(?! (?:hour|minute|day|week|fortnight|month|year|decade|century|dozen|hundred|thousand|million|billion"
                      r"|few|couple|quarter|bit|lot|inch|foot|yard|metre|litre|pound)(?![\w-])"
-                     r"| (?:third|fifth|tenth)(?: of|$))|the) ")            # with which no answer begins: the others count something
+                     r"| (?:third|fifth|tenth)(?: of|$))|the"               # with these no answer begins: the other articles count something,
+                     r"|as(?= an? | the )|(?:in|on|at|by|to|towards?|from|into|onto|for|with|of)"       # and the other prepositions say more than the question does
+                     r"(?! (?:front|top|between|least|most|first|last|once|all|and|accident|account|appointment|behalf|board|chance|duty|ear|exile|fear|foot"
+                     r"|free|full|general|good|half|hand|heart|holiday|honeymoon|honour|horseback|lack|leave|loan|love|memory|mistake|need|person"
+                     r"|pieces|public|purpose|random|return|sale|secret|shreds|strike|tears|time|total|want|way)(?![\w-]))) ")
 AFTER_ARTICLE = re.compile(r"\b([Aa]n?|[Tt]he|[Mm]y|[Oo]ur|[Yy]our) \{([a-z]\w*)\}")   # "a {job}"
 QUOTABLE = re.compile(r"(^| )\{v\}($|[ .,;:!?])")
 JOINABLE = re.compile(r"[^.!?:;\"]*\.")     # one plain sentence: ", and she …" may follow
@@ -134,9 +139,11 @@ def open_vocabulary(tokenizer):
 
 
 def bare(value):
-    """A value without its article ("the 4th of May" -> "4th of May"), unless that counts ("a week"). Titles have capitals: "The Tin Sea"."""
-    article = ARTICLE.match(value)
-    return value[article.end():] if article else value
+    """A value as an answer says it: without its article ("the 4th of May" -> "4th of May"), unless that counts ("a week"), and without
+    a preposition that the question knows ("in the bird feeder" -> "bird feeder"; not "under the bench"). Titles have capitals: "The Tin Sea"."""
+    while found := LEADING.match(value):
+        value = value[found.end():]
+    return value
 
 
 def fill_in(template, values):

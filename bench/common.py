@@ -117,6 +117,29 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help.")
 
 
+def numbers(least):
+    """A type of argument: whole numbers from `least`, with commas between them -> sorted list of int."""
+    def read(text):
+        try:
+            values = sorted({int(part) for part in text.split(",")})
+        except ValueError:
+            values = [least - 1]
+        if values[0] < least:
+            raise argparse.ArgumentTypeError(f"expected whole numbers from {least}, such as 4,16, got {text!r}")
+        return values
+    return read
+
+
+def some_of(known):
+    """A type of argument: some of these names, with commas between them -> list of str, in the order of `known`."""
+    def read(text):
+        chosen = text.split(",")
+        if not set(chosen) <= set(known):
+            raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, got {text!r}")
+        return [name for name in known if name in chosen]
+    return read
+
+
 def run(main):
     """Call main(); bad input becomes one sentence on standard error and exit code 2."""
     try:

@@ -22,7 +22,6 @@ With --shipped the graph memory is the one that ships with the base, not one tha
 examples it saw, and for how long.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -37,7 +36,7 @@ from tqdm import tqdm
 
 import train
 import variants
-from bench.common import Parser, commit, hardware, out_folder, percent, plotting, run, save_figure, share, table
+from bench.common import Parser, commit, hardware, numbers, out_folder, percent, plotting, run, save_figure, share, some_of, table
 from bench.recall import (ask, complete, examples, memories, mixed, ordinary_text, perplexity, prompt_with, remember, room_for, threshold_of)
 from data_gen import World, open_vocabulary
 from extras.memory_model import SHIPPED, find_base
@@ -318,16 +317,16 @@ def plot(result, path):
     if pyplot is None:
         return False
     figure, axes = pyplot.subplots(1, 2, figsize=(9.2, 3.4), sharey=True)
-    for axis, what, numbers, label in ((axes[0], "recall", taught_sizes(result["settings"]), "facts in memory"),
+    for axis, what, counts, label in ((axes[0], "recall", taught_sizes(result["settings"]), "facts in memory"),
                                        (axes[1], "turns", result["settings"]["turns"], "other turns since the fact was told")):
         for name, colour in zip(DESIGNS, pyplot.rcParams["axes.prop_cycle"].by_key()["color"]):        # the same in both, whatever was measured
-            points = [(n, row["recall"]) for n in numbers if (row := result["designs"].get(name, {}).get(f"{what} {n}")) and row["recall"]]
+            points = [(n, row["recall"]) for n in counts if (row := result["designs"].get(name, {}).get(f"{what} {n}")) and row["recall"]]
             if points:
                 x, shares = zip(*points)
                 axis.plot(x, [100 * s["share"] for s in shares], marker="o", label=TITLES[name], color=colour, linestyle="--" if name in (PROMPT, NONE) else "-")
                 axis.fill_between(x, [100 * s["low"] for s in shares], [100 * s["high"] for s in shares], color=colour, alpha=0.1, linewidth=0)
         axis.set(xscale="log", xlabel=label, ylim=(-2, 102))
-        axis.set_xticks(numbers, [f"{n:,}" for n in numbers])
+        axis.set_xticks(counts, [f"{n:,}" for n in counts])
         axis.minorticks_off()
     axes[0].set_ylabel("exact match, %")
     if any(axis.lines for axis in axes):
@@ -338,23 +337,6 @@ def plot(result, path):
 
 
 # --------------------------------------------------------------------------------------------------- the command line
-
-def numbers(text):
-    try:
-        values = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        values = [0]
-    if values[0] < 1:
-        raise argparse.ArgumentTypeError(f"expected whole numbers from 1, such as 4,16, got {text!r}")
-    return values
-
-
-def names(text):
-    chosen = text.split(",")
-    if not set(chosen) <= set(DESIGNS):
-        raise argparse.ArgumentTypeError(f"expected some of {','.join(DESIGNS)}, got {text!r}")
-    return [name for name in DESIGNS if name in chosen]
-
 
 # Name: (with --quick, on a GPU, otherwise, help)
 SIZES = dict(examples=(64, 500_000, 20_000, "that each design that is told facts is trained on"),
@@ -387,9 +369,9 @@ def parse_arguments(arguments):
     parser.add_argument("--model", default="tiny", help="the base: tiny, gemma-3-270m, a folder, or a Hub id (default tiny)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, … (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, help="folder for compare.json, compare.png and the trained designs (default out/compare-MODEL); what it holds is not done again")
-    parser.add_argument("--designs", type=names, default=list(DESIGNS), metavar="NAME,…", help=f"of {','.join(DESIGNS)} (default all)")
-    parser.add_argument("--sizes", type=numbers, metavar="N,…", help="numbers of facts (default 4,16,64,256; with --quick 4)")
-    parser.add_argument("--turns", type=numbers, metavar="T,…", help="other turns before the question (default 1,5,20,50,120; with --quick 1,5)")
+    parser.add_argument("--designs", type=some_of(DESIGNS), default=list(DESIGNS), metavar="NAME,…", help=f"of {','.join(DESIGNS)} (default all)")
+    parser.add_argument("--sizes", type=numbers(1), metavar="N,…", help="numbers of facts (default 4,16,64,256; with --quick 4)")
+    parser.add_argument("--turns", type=numbers(1), metavar="T,…", help="other turns before the question (default 1,5,20,50,120; with --quick 1,5)")
     add_sizes(parser, SIZES)
     parser.add_argument("--minutes", type=float, default=0.0, help="end each training after so many, examples or not; 0: never (default 0)")
     parser.add_argument("--limit", type=float, default=8.5, help="minutes of a call: no job begins that might not end within; 0: no limit (default 8.5)")

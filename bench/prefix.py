@@ -17,7 +17,7 @@ import torch
 
 import variants
 from bench import compare
-from bench.common import Parser, commit, hardware, out_folder, percent, run, share, table
+from bench.common import Parser, commit, hardware, numbers, out_folder, percent, run, share, table
 from bench.recall import ask, complete, prompt_with, remember, room_for
 from gemma import BOS, InputError, check_device, read_json, write_json
 
@@ -80,7 +80,7 @@ def parse_arguments(arguments):
                     epilog="example: python -m bench.prefix --model gemma-3-270m --device cuda --workers 14 --facts 16 --minutes 4 --slots 8")
     parser.add_argument("--model", default="tiny", help="the base: tiny, gemma-3-270m, a folder, or a Hub id (default tiny)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, … (default: a GPU if there is one)")
-    parser.add_argument("--slots", type=compare.numbers, default=[1, 8, 32], metavar="K,…", help="numbers of slots to train and measure now (default 1,8,32)")
+    parser.add_argument("--slots", type=numbers(1), default=[1, 8, 32], metavar="K,…", help="numbers of slots to train and measure now (default 1,8,32)")
     parser.add_argument("--out", type=Path, help="folder for prefix.json and the trained memories (default out/prefix-MODEL); rows that it holds are not done again")
     sizes = {name: compare.SIZES[name] for name in ("examples", "batch_size", "bundles", "facts", "questions", "batch")}
     compare.add_sizes(parser, sizes)

@@ -13,7 +13,6 @@ A memory of N facts is asked many questions; small ones are drawn again and agai
 Intervals are Wilson's 95%, as if questions were independent; those on the same memory are not quite.
 """
 
-import argparse
 import ast
 import math
 import sys
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import variants
-from bench.common import Parser, commit, hardware, out_folder, percent, plotting, run, save_figure, share, table
+from bench.common import Parser, commit, hardware, numbers, out_folder, percent, plotting, run, save_figure, share, some_of, table
 from data_gen import FEWEST_FACTS, World, open_vocabulary
 from extras.memory_model import SHIPPED
 from gemma import PAD, InputError, KVCache, check_device, read_json, write_json
@@ -796,23 +795,6 @@ def plot(result, path):
 
 # --------------------------------------------------------------------------------------------------- the command line
 
-def numbers(text):
-    try:
-        values = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        values = [0]
-    if values[0] < 2:
-        raise argparse.ArgumentTypeError(f"expected whole numbers from 2, such as 4,16, got {text!r}")
-    return values
-
-
-def parts(text):
-    names = text.split(",")
-    if not set(names) <= set(PARTS):
-        raise argparse.ArgumentTypeError(f"expected some of {','.join(PARTS)}, got {text!r}")
-    return [name for name in PARTS if name in names]
-
-
 def parse_arguments(arguments):
     parser = Parser(prog="python -m bench.recall", description="Measure what a memory returns of what was put into it.",
                     epilog="example: python -m bench.recall --model gemma-3-270m --device cuda --out out/recall-270m")
@@ -821,8 +803,8 @@ def parse_arguments(arguments):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, … (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, help="folder for recall.json and recall.png (default out/recall-MODEL)")
     parser.add_argument("--seed", type=int, default=0, help="of every draw (default 0)")
-    parser.add_argument("--only", type=parts, default=list(PARTS), metavar="PART,…", help=f"of {','.join(PARTS)} (default all)")
-    parser.add_argument("--sizes", type=numbers, metavar="N,…", help=f"numbers of facts, from 2 (default {','.join(map(str, SIZES))}; with --quick 4,16,64)")
+    parser.add_argument("--only", type=some_of(PARTS), default=list(PARTS), metavar="PART,…", help=f"of {','.join(PARTS)} (default all)")
+    parser.add_argument("--sizes", type=numbers(2), metavar="N,…", help=f"numbers of facts, from 2 (default {','.join(map(str, SIZES))}; with --quick 4,16,64)")
     parser.add_argument("--questions", type=int, help="at least so many a cell (default 256, with --quick 32)")
     parser.add_argument("--edits", type=int, help="in a row of edits (default 1000, with --quick 50)")
     parser.add_argument("--batch", type=int, help="questions asked at once (default 256 on a GPU, 64 otherwise)")
