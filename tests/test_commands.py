@@ -27,7 +27,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = re.compile(r"(python|uv|pip|torchrun|printf|git)\s")
 AS_PRINTED = None
 TRAIN = "python train.py --model {toy} --inject-after 2 --heads 1 --key-dim 8 --token-key-dim 8 --gat-dim 8 --sentence-dim 16 --no-match --no-said --no-similar-edges --steps 1 --batch 128 --bundles 40 --facts 8 --tokens 40 --eval-every 1 "
-LARGE = "--warmup 1 --lr 1.2e-3 --workers 0 --dropout 0.1 "
+LARGE = "--candidates 8 --readable 1 --warmup 1 --lr 1.2e-3 --workers 0 --dropout 0.1 "
 SHORT = " --model {toy} --steps 1 --batch 8 --eval-every 1 "              # of designs that train through all layers
 POOL = SHORT + "--bundles 40 --facts 8 --tokens 40 --minutes 6 --workers 0 --warmup 1 "
 GROW, MEAN = "tests/test_grow.py::test_a_grown_memory_answers_as_before_and_can_learn_more", "tests/test_grow.py::test_the_mean_lies_between_two_memories"
@@ -49,7 +49,7 @@ COMMANDS = {
     'torchrun --nproc_per_node=2 train.py --model gemma-3-270m --sentence-layers 2 --reading-layers 3 --reading-dim 160 --candidates 32 --readable 6 '
     '--steps 20000 --minutes 6.6 --batch 512 --accumulate 2 --bundles 120000 --workers 16 --facts 256 --lr 1.2e-3 --warmup 100 --tokens 44 --eval-every 500 '
     '--dropout 0.1 --compile --out out/A':
-        (TRAIN + LARGE + "--sentence-layers 2 --reading-layers 3 --reading-dim 8 --candidates 32 --readable 6 --minutes 6.6 --out out/A", Path("out/A/memory.json")),
+        (TRAIN + LARGE + "--sentence-layers 2 --reading-layers 3 --reading-dim 8 --minutes 6.6 --out out/A", Path("out/A/memory.json")),
     'torchrun --nproc_per_node=2 train.py --model gemma-3-270m --sentence-layers 2 --reading-layers 3 --reading-dim 160 --candidates 32 --readable 6 '
     '--init out/A --seed 1 --steps 20000 --minutes 5.6 --batch 1024 --accumulate 2 --bundles 120000 --workers 15 --first-facts 32 --facts 256 --lr 1.2e-3 '
     '--warmup 50 --tokens 44 --eval-every 400 --dropout 0.1 --compile --out out/B':
