@@ -89,6 +89,13 @@ COMMANDS = {
        f'--steps 30000 --minutes {minutes} --batch 1024 --bundles {bundles} --workers 15 --first-facts 32 --facts 256 --unknown 0.12 --text 0.05 --hard 3 --judging 0.5 --lr {lr} '
        f'--warmup 60 --tokens 44 --eval-every 300 --dropout 0.04 --out out/{after}': ("tests/test_train.py::test_a_run_can_start_from_a_trained_memory", "init=")
        for before, after, seed, minutes, bundles, lr in (("sharing", "J", 12, 6.7, 130000, "1e-3"), ("J", "K", 13, 4.3, 100000, "7e-4"))},
+    'python -m extras.grow out/wider out/deeper --reading-layers 6 --candidates 32': (GROW, "grow.main("),
+    **{f'python train.py --model gemma-3-270m --init out/{before} --sentence-layers 2 --reading-layers 6 --reading-dim 256 --candidates 32 --readable 6 --seed {seed} '
+       f'--steps 30000 --minutes {minutes} --batch 1024 --bundles {bundles} --workers {workers} --first-facts 32 --facts 256 --unknown 0.12 --text 0.05 --hard 3 --judging 0.5 '
+       f'--marking 0.5 --lr {lr} --warmup 60 --tokens 44 --eval-every {every} --dropout 0.04 --out out/{after}':
+        ("tests/test_train.py::test_a_run_can_start_from_a_trained_memory", "init=")
+       for before, after, seed, minutes, bundles, workers, lr, every in (("deeper", "L", 14, "7.0", 110000, 15, "1e-3", 450), ("L", "M", 15, 4.2, 60000, 14, "6e-4", 280))},
+    'python -m extras.grow out/M out/widest --candidates 96': ("tests/test_grow.py::test_more_candidates_are_compared", "grow.main("),
     'python -m extras.grow out/tiny-D out/tiny-following': (GROW, "grow.main("),
     'python -m extras.grow out/tiny-F out/tiny-sharing --fresh understand.layers.0.alike understand.layers.1.alike understand.layers.2.alike': (FRESH, "grow.main("),
     **{f'python train.py --model tiny --init out/tiny-{before} --reading-layers 3 --reading-dim 192 --seed {seed} --steps 30000 --minutes {minutes} --batch 1024 --bundles 110000 '

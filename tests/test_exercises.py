@@ -107,14 +107,14 @@ ENDLESS = "while True: print('x' * 1000)"
 
 @pytest.fixture(scope="module", autouse=True)
 def running(request, tmp_path_factory):
-    """The checks of broken files, as futures of (result, line of what is broken): they run, mostly waiting, while other tests do."""
+    """The checks of broken files, as futures of (result, line of what is broken, file): they run, mostly waiting, while other tests do."""
     asked = {item.originalname for item in request.session.items}
     folder = tmp_path_factory.mktemp("broken")                             # here: in the threads, pytest could be at its own folders
     def checked(body):
         file = folder / f"{[ENDLESS, *BROKEN].index(body)}" / MASK.name
         file.parent.mkdir()
         file.write_text(stub(MASK).replace("raise NotImplementedError", body + "  #"), encoding="utf-8")
-        return run(MASK, file, seconds=MASK.seconds if body == ENDLESS else 300), next(n for n, text in enumerate(file.read_text().split("\n"), 1) if body in text)
+        return run(MASK, file, seconds=MASK.seconds if body == ENDLESS else 300), next(n for n, text in enumerate(file.read_text().split("\n"), 1) if body in text), file
     with ThreadPoolExecutor(2) as pool:
         yield {body: pool.submit(checked, body) for body in (ENDLESS, *BROKEN)
                if asked & {"test_endless_loop_is_stopped", "test_broken_file_gets_a_sentence"}}
@@ -366,15 +366,15 @@ def test_doctor(monkeypatch, capsys):
 
 def test_endless_loop_is_stopped(running):
     """Catches a check that never ends, and one that doesn't say in which line it was."""
-    result, line = running[ENDLESS].result()
-    assert re.fullmatch(r"stopped after 15 s(, in line \d+)?; is there a loop that never ends\?", result["failed"]) and MASK.seconds + 2 < 20
-    if "in line" not in result["failed"] and os.getloadavg()[0] > 2 * os.cpu_count():
-        pytest.skip("this machine is so busy that the 15 s went into importing PyTorch")
+    result, line, file = running[ENDLESS].result()
+    for _ in range(2):                                                     # on a busy machine the 15 s may go into importing PyTorch
+        assert re.fullmatch(r"stopped after 15 s(, in line \d+)?; is there a loop that never ends\?", result["failed"]) and MASK.seconds + 2 < 20
+        result = result if "in line" in result["failed"] else run(MASK, file)
     assert f"in line {line};" in result["failed"]
 
 
 @pytest.mark.parametrize("body", BROKEN)
 def test_broken_file_gets_a_sentence(body, running):
     """Catches a learner's error that ends in a traceback of ours, or in silence."""
-    result, _ = running[body].result()
+    result, *_ = running[body].result()
     assert re.search(BROKEN[body], result["failed"]) and "\n" not in result["failed"] and len(result["printed"]) <= 4000
