@@ -6,7 +6,7 @@ A memory that is trained on closed lists of values learns to classify and never 
 from the tokenizer's whole vocabulary, whatever the question asks for: a locker code may be "Violet harbour", a sister
 "4821-B". The sentence alone says what belongs to whom, and the answer has to be carried over token by token. An answer never
 begins with an article, unless that counts: "a toothbrush" is answered "toothbrush", "an hour and a half" as it stands; nor with
-a preposition that the question knows: "in the bird feeder" is answered "bird feeder", "under the bench" as it stands.
+"in", "on", "by" and the like: "in the bird feeder" is answered "bird feeder", "under the bench" and the set phrase "by heart" as they stand.
 
 How the file goes, top to bottom:
   * `data_gen.json` holds attributes and relations with their sentence templates, names, things, lists and patterns of values
@@ -80,7 +80,7 @@ HOLE = re.compile(r"\{([a-z]\w*)\}(?<!\{p\})(?<!\{sub\})(?<!\{poss\})(?<!\{obj\}
 LEADING = re.compile(r"(?:an?(?! (?:hour|minute|day|week|fortnight|month|year|decade|century|dozen|hundred|thousand|million|billion"
                      r"|few|couple|quarter|bit|lot|inch|foot|yard|metre|litre|pound)(?![\w-])"
                      r"| (?:third|fifth|tenth)(?: of|$))|the"               # with these no answer begins: the other articles count something,
-                     r"|as(?= an? | the )|(?:in|on|at|by|to|towards?|from|into|onto|for|with|of)"       # and the other prepositions say more than the question does
+                     r"|as(?= an? | the )|(?:in|on|at|by|to|towards?|from|into|onto|for|with|of)"       # and these prepositions mostly say no more than the question
                      r"(?! (?:front|top|between|least|most|first|last|once|all|and|accident|account|appointment|behalf|board|chance|duty|ear|exile|fear|foot"
                      r"|free|full|general|good|half|hand|heart|holiday|honeymoon|honour|horseback|lack|leave|loan|love|memory|mistake|need|person"
                      r"|pieces|public|purpose|random|return|sale|secret|shreds|strike|tears|time|total|want|way)(?![\w-]))) ")
@@ -141,7 +141,7 @@ def open_vocabulary(tokenizer):
 
 def bare(value):
     """A value as an answer says it: without its article ("the 4th of May" -> "4th of May"), unless that counts ("a week"), and without
-    a preposition that the question knows ("in the bird feeder" -> "bird feeder"; not "under the bench"). Titles have capitals: "The Tin Sea"."""
+    "in", "on", "by" and the like ("in the bird feeder" -> "bird feeder"), but for set phrases ("by heart"). Titles have capitals: "The Tin Sea"."""
     while found := LEADING.match(value):
         value = value[found.end():]
     return value
@@ -162,7 +162,7 @@ def of_split(lists, split):
     return [item for item in lists["train"] if (zlib.crc32(bare(item).lower().encode()) % 10 == 0) == (split == "validation")]
 
 
-@cache                                      # of the same 120,000 templates for every World
+@cache                                      # of the same templates for every World
 def sentence_start(template):
     """A template with {P} instead of {p} where a sentence starts."""
     return re.sub(r'(^"?|[.!?] "?)\{p\}', r"\1{P}", template)

@@ -371,9 +371,9 @@ def run(exercise, file, part=1.0, show=False, seconds=None):
         result, stopped = Path(folder) / "result.json", Path(folder) / "result.json.stopped"
         command = [sys.executable, "-m", "exercises.checking", exercise.number, str(Path(file).resolve()), str(result), str(part), str(seconds)]
         environment = {**os.environ, "PYTHONPATH": str(HERE.parent), **({} if exercise.open else {"OMP_NUM_THREADS": "1"})}
-        try:
+        try:                                                               # it ends itself after its seconds, but has to start first
             code = subprocess.run(command, cwd=HERE.parent, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                  stderr=None if exercise.open and show else subprocess.DEVNULL, timeout=seconds + 2).returncode
+                                  stderr=None if exercise.open and show else subprocess.DEVNULL, timeout=seconds * 4 / 3).returncode
         except subprocess.TimeoutExpired:
             code = None
         if result.is_file():

@@ -70,7 +70,7 @@ def test_answer_stands_in_its_facts(bundles):
     ("a quarter turn", None), ("a third of it", None), ("a third man", "third man"), ("a half-built boat", "half-built boat"), ("a weekend", "weekend"),
     ("The Silver Tram", None), ("A Spoonful of Thunder", None), ("anchor", None), ("theatre", None), ("the", None), ("a", None),
     ("in the bird feeder", "bird feeder"), ("on a nail under the sill", "nail under the sill"), ("by semaphore flags", "semaphore flags"), ("at noon", "noon"),
-    ("to water the plants", "water the plants"), ("for a week", "a week"), ("towards Oslo", "Oslo"), ("from in there", "there"), ("in tray", "tray"),
+    ("to water the plants", "water the plants"), ("for a week", "a week"), ("towards Oslo", "Oslo"), ("from in there", "there"),
     ("under the bench", None), ("behind the piano", None), ("in front of the gym", None), ("on top of it", None), ("at least 20", None), ("by heart", None),
     ("in an hour", "an hour"), ("in half", None), ("by halves", "halves"), ("as a hen house", "hen house"), ("as far as Rome", None), ("In the Mood for Love", None), ("inside", None), ("to-do list", None)])
 def test_bare(value, answer):
