@@ -1,4 +1,4 @@
-"""A trained memory with a larger reader, that answers as it did:  python -m extras.grow extras/gemma-3-270m out/grown --reading-dim 256
+"""A trained memory with a larger reader, that answers as it did:  python -m extras.grow tiny out/grown --reading-dim 256
 Or one of an earlier design brought up to date:                    python -m extras.grow out/old out/new --fresh outdated
 Or one that looks at more candidates:                              python -m extras.grow out/K out/wider --candidates 96
 
@@ -83,7 +83,7 @@ def opened(name, fresh):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m extras.grow", description="A trained memory with a larger reader, that answers as it did.",
-                                     epilog="example: python -m extras.grow gemma-3-270m out/grown --reading-dim 256 --reading-layers 4")
+                                     epilog="example: python -m extras.grow tiny out/grown --reading-dim 256 --reading-layers 4")
     parser.add_argument("memory", help="tiny, gemma-3-270m, or a folder that train.py wrote")
     parser.add_argument("out", type=Path, help="folder for the larger one")
     parser.add_argument("--reading-dim", type=int, help="width of the reading attention (default: as it is)")

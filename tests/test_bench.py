@@ -1,5 +1,6 @@
 """bench/: that its numbers mean what their names say. Perfect answers get 100%, nonsense 0%, and the fast ways equal the slow."""
 
+import argparse
 import json
 import math
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from bench import recall
-from bench.common import percent, share, table, wilson
+from bench.common import numbers, percent, share, some_of, table, wilson
 from data_gen import World, open_vocabulary
 from gemma import Gemma, InputError, Tokenizer
 from memory import GemmaWithMemory, MemoryConfig
@@ -298,3 +299,11 @@ def test_bad_input_is_one_sentence(folder, options, capsys, monkeypatch, tmp_pat
         run(recall.main)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert stopped.value.code == 2 and len(said) == 1 and not (tmp_path / "out").exists()
+
+
+def test_lists_on_the_command_line():
+    """Catches a list that isn't in order or has something twice, and one that nothing can be done with."""
+    assert numbers(2)("16,4,16") == [4, 16] and some_of(("recall", "edits", "controls"))("controls,recall") == ["recall", "controls"]
+    for read, text in [*((numbers(2), text) for text in ("", ",", "a", "1,4", "4.5")), *((some_of(("a", "b")), text) for text in ("", "a,", "c"))]:
+        with pytest.raises(argparse.ArgumentTypeError, match="expected"):
+            read(text)
