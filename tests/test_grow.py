@@ -184,5 +184,9 @@ def test_more_candidates_are_compared(tmp_path):
     old, new = map(GemmaWithMemory.from_pretrained, (folder, tmp_path / "wider"))
     assert new.config == replace(old.config, candidates=96) and old.config.candidates != 96
     assert all(torch.equal(p, q) for p, q in zip(old.injection.parameters(), new.injection.parameters()))
+    deeper = old.config.reading_layers + 2                                 # both at once, and back to what training had
+    grow.main([str(tmp_path / "wider"), str(tmp_path / "deeper"), "--reading-layers", str(deeper), "--candidates", str(old.config.candidates)])
+    config = GemmaWithMemory.from_pretrained(tmp_path / "deeper").config
+    assert config == replace(old.config, reading_layers=deeper)
     with pytest.raises(InputError, match="candidates from 1 to 4096"):
         grow.main([str(folder), str(tmp_path / "none"), "--candidates", "0"])
