@@ -78,14 +78,16 @@ PRONOUNS = {"female": ("She", "she", "Her", "her", "her"), "male": ("He", "he", 
             "it": ("It", "it", "Its", "its", "it")}
 HOLE = re.compile(r"\{([a-z]\w*)\}(?<!\{p\})(?<!\{sub\})(?<!\{poss\})(?<!\{obj\})")     # of a value or of {q}
 # With these no answer begins: articles, unless they count something, and prepositions that mostly say no more than the question did, but
-# for set phrases. Meaning is lost now and then: "in two minds" is answered "two minds".
-LEADING = re.compile(r"(?:an?(?! (?:hour|minute|day|week|fortnight|month|year|decade|century|dozen|hundred|thousand|million|billion"
-                     r"|few|couple|quarter|bit|lot|inch|foot|yard|metre|litre|pound)(?![\w-])"
-                     r"| (?:third|fifth|tenth)(?: of|$))|the"
-                     r"|as(?= an? | the )|(?:in|on|at|by|to|towards?|from|into|onto|for|with|of)"
-                     r"(?! (?:front|top|between|least|most|first|last|once|all|and|accident|account|appointment|behalf|board|chance|duty|ear|exile|fear|foot"
-                     r"|free|full|general|good|half|hand|heart|holiday|honeymoon|honour|horseback|lack|leave|loan|love|memory|mistake|need|person"
-                     r"|pieces|public|purpose|random|return|sale|secret|shreds|strike|tears|time|total|want|way)(?![\w-]))) ")
+# for set phrases, and "on Monday and on Friday".
+ARTICLE = re.compile(r"(?:an?(?! (?:hour|minute|day|week|fortnight|month|year|decade|century|dozen|hundred|thousand|million|billion"
+                     r"|few|couple|quarter|bit|lot|inch|foot|yard|metre|litre|pound)(?![\w-])| (?:third|fifth|tenth)(?: of|$))|the) ")
+SET_PHRASE = (r"(?:in (?:front|between|bed|case|chains|custody|exile|fact|honour|hospital|labour|love|memory|need|one (?:go|piece)|pairs|person|pieces|prison"
+              r"|quarantine|return|rhyme|secret|shreds|tears|two minds)|on (?:account|behalf|board|duty|fire|foot|holiday|honeymoon|horseback|leave|loan"
+              r"|purpose|sale|strike|tiptoe|top|trial)|at (?:hand|heart|home|least|most|once|random|risk|sea|war|work|\w+ own risk)|by (?:accident|all accounts"
+              r"|appointment|chance|day|ear|far|hand|heart|mistake|night|now|way)|to and|from (?:memory|now|scratch|time to)|for (?:ever|example|fear|free|hire"
+              r"|lack|love|rent|sale|want)|of (?:age|course)|with love|into (?:exile|pieces|shreds|tears)|(?:in (?:full|general|half|public|time|total)|on time"
+              r"|at (?:all|first|last)|to (?:date|pieces)|for good)$)(?![\w-])")
+LEADING = re.compile(rf"{ARTICLE.pattern}|as (?=an? |the )|(?!{SET_PHRASE})(in|on|at|by|to|towards?|from|into|onto|for|with|of) (?!.* (?:and|or) \1 )")
 AFTER_ARTICLE = re.compile(r"\b([Aa]n?|[Tt]he|[Mm]y|[Oo]ur|[Yy]our) \{([a-z]\w*)\}")   # "a {job}"
 QUOTABLE = re.compile(r"(^| )\{v\}($|[ .,;:!?])")
 JOINABLE = re.compile(r"[^.!?:;\"]*\.")     # one plain sentence: ", and she …" may follow
@@ -141,10 +143,10 @@ def open_vocabulary(tokenizer):
     return sorted({piece[1:] for piece in pieces if word.fullmatch(piece) and piece[1:].isalpha()})
 
 
-def bare(value):
+def bare(value, leading=LEADING):
     """A value as an answer says it: without its article ("the 4th of May" -> "4th of May"), unless that counts ("a week"), and without
     "in", "on", "by" and the like ("in the bird feeder" -> "bird feeder"), but for set phrases ("by heart"). Titles have capitals: "The Tin Sea"."""
-    while found := LEADING.match(value):
+    while found := leading.match(value):
         value = value[found.end():]
     return value
 
@@ -152,7 +154,7 @@ def bare(value):
 def fill_in(template, values):
     """A template with `values` (dict of str) in its holes. After an article no second one; "a" becomes "an" where it must."""
     def after_article(found):
-        article, value = found[1], bare(values.get(found[2], found[0].split(" ")[1]))
+        article, value = found[1], bare(values.get(found[2], found[0].split(" ")[1]), ARTICLE)
         return article + "n" * (article in "Aa" and value[0] in "aeiou") + " " + value
     return HOLE.sub(lambda hole: values.get(hole[1], hole[0]), AFTER_ARTICLE.sub(after_article, template))
 

@@ -39,7 +39,7 @@ from extras.checkpoint import check_init, clear_halves, load_checkpoint, save_ch
 from extras.pool import TEXT, Pool, answer_tokens, autocast, groups, judged, pools as draw_pools, summary, wanted  # noqa: F401
 from extras.settings import read_settings
 from gemma import InputError, Places, check_device, replacing
-from gnn import TokenAttention, by_length
+from gnn import TokenLayer, by_length
 from memory import GemmaWithMemory, MemoryView, Question, TokenStore
 
 
@@ -241,8 +241,8 @@ class GraphLesson:
         self.model, self.settings = model, settings
         self.pool, self.held_out = pools or draw_pools(model, settings, progress)
         self.pool.set_statistics(model)
-        # Most of a step's work, for --compile: each a whole stack of layers, since every call of what is compiled takes its time too.
-        self.stacks = [model.gemma, *(module for module in model.injection.modules() if isinstance(module, TokenAttention))]
+        # Most of a step's work, for --compile.
+        self.layers = [*model.gemma.layers[model.config.inject_after:], *(module for module in model.injection.modules() if isinstance(module, TokenLayer))]
 
     def loss(self, N, generator):
         """One batch with memories of at most N facts -> {"loss": to be minimised, and its parts}, drawn by the generator alone."""
@@ -288,10 +288,12 @@ def gradients(lesson, settings, step, N, parts):
     return loss
 
 
-def compiled(f):
-    """f, compiled where it trains: the few batches of an evaluation don't pay for another minute of compiling."""
-    fast = torch.compile(f, dynamic=True)
-    return lambda *inputs: (fast if torch.is_grad_enabled() else f)(*inputs)
+def compile_layers(layers):
+    """Have the forward pass of some layers compiled, where it trains: the few batches of an evaluation don't pay for another minute of
+    compiling. It is compiled once for all layers of a class that are alike, which a whole stack of them would take many times as long."""
+    fast = {plain: torch.compile(plain, dynamic=True) for plain in {type(layer).forward for layer in layers}}
+    for layer in layers:
+        layer.forward = lambda *inputs, layer=layer, plain=type(layer).forward: (fast[plain] if torch.is_grad_enabled() else plain)(layer, *inputs)
 
 
 def add_up(parameters):
@@ -359,9 +361,8 @@ def train(settings, memory_config=None, model=None, pools=None):
     if first and not settings.resume:   # a run that is killed before its first evaluation can be resumed too
         save_checkpoint(folder, model, optimizer, progress)
     start, best, spent, broken, skipped, waited = (progress[name] for name in ("step", "best", "seconds", "broken", "skipped", "waited"))
-    stacks = lesson.stacks if settings.compile else None
-    for stack in stacks or ():
-        stack.run_layers = compiled(stack.run_layers)
+    layers = lesson.layers if settings.compile else None
+    compile_layers(layers or ())
     ready = time.time()
     seen, last, lines, log = 0, {}, [], folder / "log.jsonl"
     if settings.resume and log.is_file():
@@ -383,11 +384,11 @@ def train(settings, memory_config=None, model=None, pools=None):
         try:
             parts = gradients(lesson, settings, step, N, range(rank, settings.accumulate, together))
         except Exception as error:      # a compiler can fail in any way, and only when a step is taken
-            if not stacks or isinstance(error, (InputError, torch.OutOfMemoryError)):
+            if not layers or isinstance(error, (InputError, torch.OutOfMemoryError)):
                 raise
-            for stack in stacks:
-                del stack.run_layers
-            stacks, reason = None, f"{type(error).__name__}: {error}".splitlines()[0]
+            for layer in layers:
+                del layer.forward
+            layers, reason = None, f"{type(error).__name__}: {error}".splitlines()[0]
             tqdm.write(f"--compile doesn't work here ({reason}): going on without.", file=sys.stderr)
             optimizer.zero_grad(set_to_none=True)                          # of batches of this step that came through
             parts = gradients(lesson, settings, step, N, range(rank, settings.accumulate, together))

@@ -32,40 +32,35 @@ class Ours:
 
     def __init__(self, model, args, rank):
         self.settings = train.TrainConfig(batch=args.batch, facts=args.facts, tokens=TOKENS, lr=1e-4)
-        self.model, self.rank = model, rank
+        self.model, self.rank, self.steps = model, rank, 0
         self.pool = train.Pool(model, "train", args.bundles, TOKENS, 0, texts=min(256, args.bundles // 8), progress=rank == 0)
-        self.pool.set_statistics(model)
+        self.lesson = train.GraphLesson(model, self.settings, (self.pool, None))
         self.parameters = model.trainable_parameters()
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=model.gemma.device.type == "cuda")
-        self.steps = 0
         if args.compile:
-            for layer in model.gemma.layers[model.config.inject_after:]:
-                layer.compile(dynamic=True)
+            train.compile_layers(self.lesson.layers)
         model.train()
 
+    def generator(self):
+        return torch.Generator(self.model.gemma.device).manual_seed(self.steps * 64 + self.rank)
+
     def step(self):
-        s, model, device = self.settings, self.model, self.model.gemma.device
         self.steps += 1
-        generator = torch.Generator(device).manual_seed(self.steps * 64 + self.rank)
-        batch = self.pool.draw(train.groups(s.batch, s.facts), s.batch, s.facts, s.unknown, s.text, generator)
-        with train.autocast(model):
-            out = train.forward(model, self.pool, batch, s.tokens)
-            loss = F.cross_entropy(out["logits"].float(), out["targets"]) + s.retrieval * sum(train.retrieval_loss(batch, out, model.config.hops)) \
-                + s.copying * train.copying_loss(batch, out, model.config.hops)
+        with train.autocast(self.model):
+            loss = self.lesson.loss(self.settings.facts, self.generator())["loss"]
         loss.backward()
         if train.processes() > 1:
             train.add_up(self.parameters)
-        nn.utils.clip_grad_norm_(self.parameters, s.clip)
+        nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.last = batch, len(out["targets"])
 
     def needed(self):
         """Operations that the last step could not do without."""
-        batch, answers = self.last
-        gemma = self.model.gemma
+        s, gemma = self.settings, self.model.gemma
+        asked = self.pool.questions(self.pool.draw(train.groups(s.batch, s.facts), s.batch, s.facts, s.unknown, s.text, self.generator()), s.tokens)
         weights = sum(p.numel() for layer in gemma.layers[self.model.config.inject_after:] for p in layer.parameters() if p.ndim > 1)
-        return 4 * weights * int(self.pool.sequences.lengths[batch["sequence"]].sum()) + 4 * gemma.embed_tokens.weight.numel() * answers
+        return 4 * weights * int(asked.real.sum()) + 4 * gemma.embed_tokens.weight.numel() * int(asked.answering.sum())
 
 
 class Plan(nn.Module):

@@ -587,8 +587,8 @@ def test_every_operation_of_a_step_can_be_deterministic(shipped, pool):
 
 
 def test_compiled_steps_are_the_same_and_compiled_once(shipped, pool, run, tmp_path, monkeypatch):
-    """Catches a stack of layers that is compiled anew for every length or memory size, one that --compile leaves out or compiles for
-    the few batches of an evaluation, and a step that comes out differently."""
+    """Catches a layer that is compiled anew for every length or memory size or for each of its kind, one that --compile leaves out or
+    compiles for the few batches of an evaluation, and a step that comes out differently."""
     graphs, calls, compiler = [], [], torch.compile
 
     def traced(f, dynamic):
@@ -600,9 +600,12 @@ def test_compiled_steps_are_the_same_and_compiled_once(shipped, pool, run, tmp_p
     one = run(**settings, out=str(tmp_path / "one"))
     assert not calls
     other = run(**settings, out=str(tmp_path / "other"), compile=True)
-    del shipped.gemma.run_layers
-    assert len(graphs) == 3                                                # the base's, a sentence's, the reader's
-    assert len(calls) >= 3 * 4 and all(calls)
+    above = shipped.gemma.layers[8:]
+    for layer in above:
+        del layer.forward
+    assert not any("forward" in vars(layer) for layer in shipped.gemma.layers)
+    assert len(graphs) == 4                                                # the base's of either kind, a sentence's, the reader's
+    assert len(calls) >= 3 * (len(above) + 1 + 2) and all(calls)           # of these two readings
     for (name, a), b in zip(one.injection.state_dict().items(), other.injection.state_dict().values()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
 
@@ -612,7 +615,7 @@ def test_where_nothing_can_be_compiled_it_trains_without(run, tmp_path, monkeypa
     def failing(f, dynamic):
         def fail(*inputs):
             raise AssertionError("expected size 104==40\nand more")
-        return fail if f.__self__.__class__.__name__ != "Gemma" else f     # the reader fails after the base has worked
+        return fail if f.__qualname__ != "DecoderLayer.forward" else f     # the reader fails after the base has worked
     monkeypatch.setattr(torch, "compile", failing)
     settings = dict(steps=2, batch=16, facts=16, first_facts=8)
     one, other = (run(**settings, out=str(tmp_path / name), compile=name == "other") for name in ("one", "other"))

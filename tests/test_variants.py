@@ -402,7 +402,7 @@ def test_the_bench_finishes_each(base, tmp_path):
 
 @pytest.mark.parametrize("options", [["none", "--bundles", "20"], ["lora", "--known", "2"], ["prefix", "--bundles", "20", "--gist-after", "1"]])
 def test_there_may_be_nothing_to_compile_and_nothing_to_draw(base, tmp_path, monkeypatch, capsys, options):
-    """Catches a design whose lesson has no stacks, which --compile trips over, and a run without a log, of which no curves can be drawn."""
+    """Catches a design whose lesson has no layers, which --compile trips over, and a run without a log, of which no curves can be drawn."""
     measured = PoolLesson.evaluate
     monkeypatch.setattr(PoolLesson, "evaluate", lambda self, silent=False, **kind: measured(self, silent, sizes=(4,), questions=8))
     train.main(["--variant", *options, "--model", str(base), "--device", "cpu", "--compile", "--steps", "1", "--batch", "8", "--facts", "8", "--tokens", "40",

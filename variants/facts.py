@@ -162,7 +162,7 @@ class Sequences:
 class TaughtLesson:
     """Trains facts in. Each fact is as likely as any other, and so are its wordings, taken together, and its questions."""
 
-    stacks = ()                          # --compile has nothing to compile
+    layers = ()                          # --compile has nothing to compile
 
     def __init__(self, model, settings, pools=None, progress=True):
         """pools: what to teach, as `taught` returns it; by default what the model's config says."""

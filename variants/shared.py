@@ -162,7 +162,7 @@ class PoolLesson:
     """
 
     def __init__(self, model, settings, pools=None, progress=True):
-        self.model, self.settings, self.stacks = model, settings, []
+        self.model, self.settings, self.layers = model, settings, []
         self.pool, self.held_out = pools or draw_pools(model, settings, progress, layers=(model.facts_layer, 0))
         model.set_statistics(self.pool)
 
