@@ -89,14 +89,15 @@ def main(arguments=None):
     parser.add_argument("--reading-dim", type=int, help="width of the reading attention (default: as it is)")
     parser.add_argument("--reading-layers", type=int, help="its layers (default: as they are)")
     parser.add_argument("--candidates", type=int, help="episodes that are compared word by word: more find more in large memories (default: as it is)")
+    parser.add_argument("--readable", type=int, help="episodes of these that are read (default: as it is)")
     parser.add_argument("--fresh", nargs="+", default=[], metavar="NAME", help="parts that start anew, by the beginnings of their tensors' names, such as outdated")
     parser.add_argument("--seed", type=int, default=0, help="of what starts at random (default 0)")
     args = parser.parse_args(arguments)
     new_folder(args.out)
     old, weights = opened(args.memory, args.fresh)
-    asked = {name: value for name in ("reading_dim", "reading_layers", "candidates") if (value := getattr(args, name)) is not None}
+    asked = {name: value for name in ("reading_dim", "reading_layers", "candidates", "readable") if (value := getattr(args, name)) is not None}
     config = replace(old.config, **asked)
-    config.check("--reading-dim, --reading-layers, --candidates")
+    config.check("--reading-dim, --reading-layers, --candidates, --readable")
     if "understand.ask.weight" not in weights or config.reading_dim < old.config.reading_dim or config.reading_layers < old.config.reading_layers:
         raise InputError(f"expected a memory that has a reader, and at least its {old.config.reading_layers} layers of width {old.config.reading_dim}, "
                          f"got {config.reading_layers} of {config.reading_dim}.")
