@@ -56,8 +56,8 @@ class CompiledDecoder(Decoder):
     def compile_passes(self):
         """Compile layers for prompts of any length, and a whole pass for the one shape that steps have."""
         if self.model.compiles:                            # not when `tried` calls a second time, to go on without
-            # Without the first, products of matrix and vector are slow; without the second, each program of the MLP's last
-            # product works out gelu for itself; without the third, q, k and v are three kernels.
+            # Without the first, products of matrix and vector are slow; without the second, each program of the MLP's
+            # products works out the norm, or gelu, for itself; without the third, q, k and v are three kernels.
             tuned = {"coordinate_descent_tuning": True, "realize_opcount_threshold": 5, "combo_kernels": True} if self.gpu else None
             self.layer = torch.compile(DecoderLayer.forward, dynamic=True)
             self.whole = torch.compile(Gemma.forward, dynamic=False, options=tuned)
