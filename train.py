@@ -35,7 +35,7 @@ from torch import distributed
 from tqdm import tqdm
 
 import variants
-from extras.checkpoint import check_init, clear_halves, load_checkpoint, save_checkpoint
+from extras.checkpoint import check_init, clear_halves, load_checkpoint, save_checkpoint, set_aside
 from extras.pool import TEXT, Pool, answer_tokens, autocast, groups, judged, pools as draw_pools, summary, wanted  # noqa: F401
 from extras.settings import read_settings
 from gemma import InputError, Places, check_device, replacing
@@ -49,7 +49,7 @@ class TrainConfig:
 
     variant: str = field(default="graph", metadata={"help": f"the design of the memory: {', '.join(variants.NAMES)}"})
     model: str = field(default="tiny", metadata={"help": "the base: tiny, gemma-3-270m, a folder, or a Hub id"})
-    out: str = field(default="out/memory", metadata={"help": "folder for the trained memory, its checkpoint and log"})
+    out: str = field(default="out/memory", metadata={"help": "folder for the trained memory, its checkpoint and log; an earlier run's is renamed, to out/memory-1 say"})
     steps: int = field(default=360, metadata={"help": "optimizer steps"})
     minutes: float = field(default=0.0, metadata={"help": "end after so many minutes of training if the steps are not done by then; 0: never"})
     batch: int = field(default=64, metadata={"help": "R: questions a batch; a step has --accumulate of these"})
@@ -101,6 +101,8 @@ class TrainConfig:
             raise InputError(f"expected a folder as --out, got the file {out}; name another.")
         if self.init and not (Path(self.init) / "memory.json").is_file():
             raise InputError(f"expected a folder that save_pretrained wrote as --init, got {self.init!r}, which holds no memory.json.")
+        if self.init and out.resolve() == Path(self.init).resolve():
+            raise InputError(f"expected a folder other than that of --init as --out, got {self.out}; name another.")
         if self.resume and not (out / "checkpoint.safetensors").is_file():
             raise InputError(f"{out}: expected a checkpoint to resume from, but there is none; train without --resume first.")
 
@@ -290,7 +292,7 @@ def gradients(lesson, settings, step, N, parts):
 
 def compile_layers(layers):
     """Have the forward pass of some layers compiled, where it trains: the few batches of an evaluation don't pay for another minute of
-    compiling. It is compiled once for all layers of a class that are alike, which a whole stack of them would take many times as long."""
+    compiling. All layers of a class that are alike share what was compiled; a stack of them compiled as one takes many times as long."""
     fast = {plain: torch.compile(plain, dynamic=True) for plain in {type(layer).forward for layer in layers}}
     for layer in layers:
         layer.forward = lambda *inputs, layer=layer, plain=type(layer).forward: (fast[plain] if torch.is_grad_enabled() else plain)(layer, *inputs)
@@ -332,6 +334,8 @@ def train(settings, memory_config=None, model=None, pools=None):
     elif memory_config is not None:
         model = Model(model.gemma, model.tokenizer, memory_config, model.base_name)
     folder = Path(settings.out)
+    if first and not settings.resume:
+        set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if first:
         clear_halves(folder)

@@ -214,7 +214,7 @@ class Bench:
             pool, held_out = self.prepared(base, settings)
             if moved and (self.args.compile or base.gemma.device.type == "cuda"):
                 # The first step on a GPU loads and compiles: that is no design's fault.
-                train.train(TrainConfig(**{**asdict(settings), "steps": 1, "eval_every": 1, "warmup": 0}), config, base, (pool, held_out["held_out"]))
+                train.train(TrainConfig(**{**asdict(settings), "steps": 1, "eval_every": 1, "warmup": 0, "out": f"{folder}/warm"}), config, base, (pool, held_out["held_out"]))
             try:
                 model, _ = train.train(settings, config, base, (pool, held_out["held_out"]))
             except InputError as error:

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import re
+import sys
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -30,6 +32,16 @@ def check_init(folder, model):
         raise InputError(f"expected a memory of the variant {model.variant} as --init, got {folder} of the variant {str(saved['variant'])[:40]}; name another.")
     if model.variant == "graph" and isinstance(saved.get("memory"), dict):
         check_same(saved["memory"], model, f"--init {folder}")
+
+
+def set_aside(folder):
+    """Rename a folder that holds an earlier run, `name` to the first free of `name-1`, `name-2`, …, and say so: nothing of it is lost."""
+    if not any((folder / name).exists() for name in ("memory.json", "checkpoint.safetensors")):
+        return
+    folder = folder.resolve()
+    other = next(other for number in count(1) if not (other := folder.with_name(f"{folder.name}-{number}")).exists())
+    folder.rename(other)
+    print(f"note: {folder.name} held an earlier run, which is in {other} now.", file=sys.stderr)
 
 
 def clear_halves(folder):

@@ -677,6 +677,22 @@ def test_a_run_can_start_from_a_trained_memory(run, tmp_path):
         run(init=str(tmp_path / "nowhere"))
 
 
+def test_an_earlier_run_is_kept(run, tmp_path, capsys):
+    """Catches a second run that writes over the first, a resumed one that doesn't find its own, and --init of the folder that is renamed."""
+    out, quick = tmp_path / "out", dict(steps=1, batch=8, facts=8, eval_every=1)
+    run(**quick, out=str(out))
+    first = {file.name: file.read_bytes() for file in out.iterdir()}
+    run(**quick, out=str(out), resume=True)
+    with pytest.raises(InputError, match="other than that of --init"):
+        run(**quick, out=str(out), init=str(out))
+    assert not list(tmp_path.glob("out-*")) and "earlier run" not in capsys.readouterr().err
+    for number in (1, 2):
+        run(**quick, out=str(out), seed=number)
+        assert f"is in {tmp_path}/out-{number} now" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out-1").iterdir()}["memory.safetensors"] == first["memory.safetensors"]
+    assert len({(tmp_path / name / "memory.safetensors").read_bytes() for name in ("out", "out-1", "out-2")}) == 3
+
+
 def test_no_checkpoint_to_resume(run, tmp_path):
     """Catches a run that quietly starts from nothing."""
     with pytest.raises(InputError, match="checkpoint"):
