@@ -96,8 +96,9 @@ def test_measures_what_training_measures(base, monkeypatch):
     assert set(found) == {"16", "64"}
     for N, shares in found.items():
         assert {name: s["share"] and round(s["share"], 4) for name, s in shares.items()} == pytest.approx(expected[int(N)], abs=1e-4)
-        assert shares["recall"]["n"] + shares["refused"]["n"] == ladder.ROWS and 0 < shares["first"]["right"]
+        assert shares["recall"]["n"] + shares["refused"]["n"] == ladder.ROWS
         assert sum(shares[kind]["n"] for kind in ladder.ANSWERABLE) == shares["recall"]["n"]
+    assert found["16"]["first"]["right"] > 0                               # an untrained memory finds one of 16 now and then, one of 64 hardly
 
 
 def test_interrupted_and_resumed(short, tmp_path, monkeypatch, capsys):
