@@ -101,7 +101,7 @@ class TrainConfig:
             raise InputError(f"expected a folder as --out, got the file {out}; name another.")
         if self.init and not (Path(self.init) / "memory.json").is_file():
             raise InputError(f"expected a folder that save_pretrained wrote as --init, got {self.init!r}, which holds no memory.json.")
-        if self.init and out.resolve() == Path(self.init).resolve():
+        if self.init and Path(self.init).resolve().is_relative_to(out.resolve()):
             raise InputError(f"expected a folder other than that of --init as --out, got {self.out}; name another.")
         if self.resume and not (out / "checkpoint.safetensors").is_file():
             raise InputError(f"{out}: expected a checkpoint to resume from, but there is none; train without --resume first.")

@@ -677,14 +677,19 @@ def test_a_run_can_start_from_a_trained_memory(run, tmp_path):
         run(init=str(tmp_path / "nowhere"))
 
 
-def test_an_earlier_run_is_kept(run, tmp_path, capsys):
-    """Catches a second run that writes over the first, a resumed one that doesn't find its own, and --init of the folder that is renamed."""
+def test_an_earlier_run_is_kept(run, tmp_path, monkeypatch, capsys):
+    """Catches a second run that writes over the first, a resumed one that doesn't find its own, --init of the folder that is renamed, and
+    the working folder, which keeps being that by another name."""
     out, quick = tmp_path / "out", dict(steps=1, batch=8, facts=8, eval_every=1)
     run(**quick, out=str(out))
     first = {file.name: file.read_bytes() for file in out.iterdir()}
     run(**quick, out=str(out), resume=True)
     with pytest.raises(InputError, match="other than that of --init"):
         run(**quick, out=str(out), init=str(out))
+    monkeypatch.chdir(out)
+    with pytest.raises(InputError, match="the working folder"):
+        run(**quick, out=".")
+    monkeypatch.chdir(tmp_path)
     assert not list(tmp_path.glob("out-*")) and "earlier run" not in capsys.readouterr().err
     for number in (1, 2):
         run(**quick, out=str(out), seed=number)
