@@ -102,7 +102,7 @@ class TrainConfig:
         if self.init and not (Path(self.init) / "memory.json").is_file():
             raise InputError(f"expected a folder that save_pretrained wrote as --init, got {self.init!r}, which holds no memory.json.")
         if self.init and Path(self.init).resolve().is_relative_to(out.resolve()):
-            raise InputError(f"expected a folder other than that of --init as --out, got {self.out}; name another.")
+            raise InputError(f"expected --init to lie outside of --out, whose earlier run is renamed, got {self.init} in {self.out}; name another --out.")
         if self.resume and not (out / "checkpoint.safetensors").is_file():
             raise InputError(f"{out}: expected a checkpoint to resume from, but there is none; train without --resume first.")
 

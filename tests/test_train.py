@@ -684,7 +684,7 @@ def test_an_earlier_run_is_kept(run, tmp_path, monkeypatch, capsys):
     run(**quick, out=str(out))
     first = {file.name: file.read_bytes() for file in out.iterdir()}
     run(**quick, out=str(out), resume=True)
-    with pytest.raises(InputError, match="other than that of --init"):
+    with pytest.raises(InputError, match="outside of --out"):
         run(**quick, out=str(out), init=str(out))
     monkeypatch.chdir(out)
     with pytest.raises(InputError, match="the working folder"):
