@@ -334,13 +334,13 @@ def train(settings, memory_config=None, model=None, pools=None):
     elif memory_config is not None:
         model = Model(model.gemma, model.tokenizer, memory_config, model.base_name)
     folder = Path(settings.out)
+    if settings.init:
+        check_init(settings.init, model)
     if first and not settings.resume:
         set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if first:
         clear_halves(folder)
-    if settings.init:
-        check_init(settings.init, model)
     started = time.time()
     lesson = (GraphLesson if Model is GemmaWithMemory else Model.Lesson)(model, settings, pools, first)
     if settings.init:

@@ -185,8 +185,8 @@ def test_more_candidates_are_compared(tmp_path):
     assert new.config == replace(old.config, candidates=96) and old.config.candidates != 96
     assert all(torch.equal(p, q) for p, q in zip(old.injection.parameters(), new.injection.parameters()))
     deeper = old.config.reading_layers + 2                                 # both at once, and back to what training had
-    grow.main([str(tmp_path / "wider"), str(tmp_path / "deeper"), "--reading-layers", str(deeper), "--candidates", str(old.config.candidates)])
+    grow.main([str(tmp_path / "wider"), str(tmp_path / "deeper"), "--reading-layers", str(deeper), "--candidates", str(old.config.candidates), "--readable", "3"])
     config = GemmaWithMemory.from_pretrained(tmp_path / "deeper").config
-    assert config == replace(old.config, reading_layers=deeper)
+    assert config == replace(old.config, reading_layers=deeper, readable=3) and old.config.readable != 3
     with pytest.raises(InputError, match="candidates from 1 to 4096"):
         grow.main([str(folder), str(tmp_path / "none"), "--candidates", "0"])

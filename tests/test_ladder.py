@@ -85,7 +85,7 @@ def test_selection():
 
 def test_measures_what_training_measures(base, monkeypatch):
     """Catches a judge of its own that is kinder or stricter than train.evaluate, or asks other questions."""
-    torch.manual_seed(1)
+    torch.manual_seed(2)
     config = MemoryConfig(inject_after=2, heads=2, key_dim=16, token_key_dim=8, gat_dim=8)
     model = GemmaWithMemory(Gemma.from_pretrained(base), Tokenizer(base), config, base)
     monkeypatch.setattr(ladder, "ROWS", 64)
@@ -96,9 +96,8 @@ def test_measures_what_training_measures(base, monkeypatch):
     assert set(found) == {"16", "64"}
     for N, shares in found.items():
         assert {name: s["share"] and round(s["share"], 4) for name, s in shares.items()} == pytest.approx(expected[int(N)], abs=1e-4)
-        assert shares["recall"]["n"] + shares["refused"]["n"] == ladder.ROWS
+        assert shares["recall"]["n"] + shares["refused"]["n"] == ladder.ROWS and 0 < shares["first"]["right"]
         assert sum(shares[kind]["n"] for kind in ladder.ANSWERABLE) == shares["recall"]["n"]
-    assert found["16"]["first"]["right"] > 0                               # an untrained memory finds one of 16 now and then, one of 64 hardly
 
 
 def test_interrupted_and_resumed(short, tmp_path, monkeypatch, capsys):
