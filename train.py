@@ -65,6 +65,7 @@ class TrainConfig:
     copying: float = field(default=0.5, metadata={"help": "weight of the copying loss"})
     judging: float = field(default=0.3, metadata={"help": "weight of the judging loss"})
     marking: float = field(default=0.3, metadata={"help": "weight of the marking loss"})
+    pairs: int = field(default=0, metadata={"help": "more questions a batch that are read beside the one or two sentences that answer them, for the marking loss alone"})
     unknown: float = field(default=0.1, metadata={"help": "share of questions about somebody the memory never heard of"})
     text: float = field(default=0.06, metadata={"help": "share of rows that are ordinary text, for which the memory is to be silent"})
     hard: float = field(default=1.0, metadata={"help": "how often a question is drawn on an update, a list, one of several values of a sentence, or what was not told, against an easier one"})
@@ -83,7 +84,7 @@ class TrainConfig:
     def check(self):
         """Raise InputError for settings that can't be trained with."""
         variants.check_name(self.variant)
-        for name, least in dict(steps=1, batch=8, bundles=1, facts=8, first_facts=1, eval_every=1, tokens=16, workers=0, warmup=0, patience=0, minutes=0,
+        for name, least in dict(steps=1, batch=8, bundles=1, facts=8, first_facts=1, pairs=0, eval_every=1, tokens=16, workers=0, warmup=0, patience=0, minutes=0,
                                 lr=0, weight_decay=0, clip=0, retrieval=0, copying=0, judging=0, marking=0, unknown=0, text=0).items():
             if not getattr(self, name) >= least:
                 raise InputError(f"expected --{name.replace('_', '-')} of at least {least}, got {getattr(self, name)}.")
@@ -130,15 +131,21 @@ def memories(model, pool, batch):
                       valid, torch.arange(G * N, device=x.device).view(G, N), tokens)
 
 
+def read(model, pool, batch, T):
+    """What the questions of a drawn batch find in their memories: (Asked, states h (R, T, D) after the injection layer's own, Reading)."""
+    injection, asked = model.injection, pool.questions(batch, T)
+    h = pool.sequences.keys[asked.place].masked_fill(~asked.real[..., None], 0.0)
+    x = injection.features(asked.ids, h)
+    question = Question(x[:, :asked.longest], asked.question[:, :asked.longest], asked.ids[:, :asked.longest])
+    return asked, h, injection.read(x, question, memories(model, pool, batch), ids=asked.ids)
+
+
 def forward(model, pool, batch, T, silent=False):
     """One batch through graph, injection and the layers above. Returns what losses and scores are made of.
 
     silent: nothing of what was read is added, the base answers alone."""
     gemma, injection, after = model.gemma, model.injection, model.config.inject_after
-    asked = pool.questions(batch, T)
-    h = pool.sequences.keys[asked.place].masked_fill(~asked.real[..., None], 0.0)
-    x = injection.features(asked.ids, h)
-    reading = injection.read(x, Question(x[:, :asked.longest], asked.question[:, :asked.longest], asked.ids[:, :asked.longest]), memories(model, pool, batch), ids=asked.ids)
+    asked, h, reading = read(model, pool, batch, T)
     h = h if silent else injection.inject(h, reading.context, ~asked.spoken)
     h = run_above(gemma, h, asked.real, after) if after < len(gemma.layers) else h
     return dict(asked.answers(gemma, h), reading=reading, spoken=asked.spoken, answering=asked.answering)
@@ -254,6 +261,9 @@ class GraphLesson:
         answer_loss = F.cross_entropy(out["logits"].float(), out["targets"])
         retrieval = retrieval_loss(batch, out, model.config.hops)
         copying, judging, marking = (torch.as_tensor(loss(batch, out, model.config.hops)) for loss in (copying_loss, judging_loss, marking_loss))
+        if settings.pairs:
+            batch = self.pool.pairs(settings.pairs, generator)
+            marking = marking + marking_loss(batch, dict(reading=read(model, self.pool, batch, settings.tokens)[2]), model.config.hops)
         return dict(loss=answer_loss + settings.retrieval * sum(retrieval) + settings.copying * copying + settings.judging * judging + settings.marking * marking,
                     answer_loss=answer_loss, retrieval_loss=torch.stack(retrieval), copying_loss=copying, judging_loss=judging, marking_loss=marking)
 

@@ -243,6 +243,23 @@ class Pool:
         return dict(episodes=episodes, valid=valid, sequence=sequence.flatten(), kind=self.kind[sequence].flatten(),
                     support=rows.flatten(0, 1), known=known.flatten(0, 1), marks=self.marks[sequence.flatten()])
 
+    def pairs(self, R, generator):
+        """R questions, each with a memory of the one or two sentences that answer it. Returns a dict of tensors as `draw` does.
+
+        To read a sentence aright is most of what a memory has to learn, and there it is cheap: nothing has to be found first, and
+        nothing else is read.
+        """
+        weight = self.weight[:self.asked] * (self.support[:self.asked, 0] >= 0)                # of questions that can be answered
+        sequence = torch.multinomial(weight, R, replacement=True, generator=generator)
+        bundle = torch.searchsorted(self.questions_of[:, 0].contiguous(), sequence, right=True) - 1
+        support = self.support[sequence]                                                       # (R, 2) slots or -1
+        known = support >= 0
+        slots, order = support.masked_fill(~known, LONGEST).sort(dim=1)                        # in the order they were told
+        valid, facts = slots < LONGEST, self.facts_of[bundle].gather(1, slots.clamp(max=self.facts_of.shape[1] - 1))
+        episodes = torch.where(valid, facts, self.facts.lengths.argmin())                      # where there is no second, the least work
+        return dict(episodes=episodes, valid=valid, sequence=sequence, kind=self.kind[sequence], support=order.argsort(1),
+                    known=known, marks=self.marks[sequence])
+
     def questions(self, batch, T):
         """The questions of a drawn batch with their answers, cut to T tokens: an Asked."""
         sequence, store = batch["sequence"], self.sequences

@@ -135,16 +135,20 @@ def test_supports_hold_the_answer(shipped, pool, N):
     assert {LOOKUP, UPDATE} <= kinds
 
 
-def test_marks_spell_the_answer_and_the_name_on_the_way(shipped, pool):
-    """Catches marks that are off by the <bos>, in the other sentence of two, or at the wrong name of two; and drawn ones that are another question's."""
+@pytest.mark.parametrize("alone", [False, True])
+def test_marks_spell_the_answer_and_the_name_on_the_way(shipped, pool, alone):
+    """Catches marks that are off by the <bos>, in the other sentence of two, or at the wrong name of two; and drawn ones that are another
+    question's. alone: in pairs of a question and what answers it."""
     seen, tokenizer = {kind: 0 for kind in (LOOKUP, UPDATE, TWO_HOP, LIST)}, shipped.tokenizer
-    batch = draw(pool, 16, 4096, 16)
+    batch = pool.pairs(4096, torch.Generator().manual_seed(0)) if alone else draw(pool, 16, 4096, 16)
+    if alone:
+        assert batch["known"][:, 0].all() and (batch["known"].sum(1) == batch["valid"].sum(1)).all()
     for r, (sequence, kind) in enumerate(zip(batch["sequence"].tolist(), batch["kind"].tolist())):
         known, marks = batch["known"][r], batch["marks"][r].tolist()
         if not known.any() or [-1, -1] in marks[:int(known.sum())]:
             continue
         assert marks[int(known.sum()):] == [[-1, -1]] * (2 - int(known.sum()))
-        facts = [int(batch["episodes"][r // 256, row]) for row, k in zip(batch["support"][r].tolist(), known) if k]
+        facts = [int(batch["episodes"][r if alone else r // 256, row]) for row, k in zip(batch["support"][r].tolist(), known) if k]
         said = [tokenizer.decode(pool.facts.ids[int(pool.facts.starts[f]) + a:int(pool.facts.starts[f]) + b + 1].tolist()).strip() for f, (a, b) in zip(facts, marks)]
         prompt = int(pool.prompt_length[sequence])
         answer = text_of(pool.sequences, sequence, tokenizer, prompt).strip()
@@ -477,6 +481,8 @@ def test_the_loss_holds_its_parts_by_their_weights(shipped, pool):
     assert alone["loss"] == alone["answer_loss"] and alone["marking_loss"] > 1
     for name in ("retrieval", "copying", "judging", "marking"):
         assert (part(**{name: 2.0})["loss"] - alone["loss"]).item() == pytest.approx(2 * alone[f"{name}_loss"].sum().item(), rel=1e-3)
+    pairs = part(pairs=64, marking=2.0)                                    # whose marking loss is added to the batch's
+    assert pairs["marking_loss"] > alone["marking_loss"] + 1 and (pairs["loss"] - alone["loss"]).item() == pytest.approx(2 * pairs["marking_loss"].item(), rel=1e-3)
 
 
 def test_scores_by_hand():
