@@ -13,7 +13,8 @@ A batch is G memories of up to N episodes with R / G questions each; nothing loo
   * retrieval: minus the log of the attention on the episodes that hold the answer, or on the null episode where none does,
   * copying: minus the log of the attention on the tokens, inside those episodes, that the answer goes on with,
   * judging: the same as retrieval, for what the reader alone makes of the few episodes that it has read,
-  * marking: minus the log of the probability of where, in those episodes, the answer begins and ends.
+  * marking: minus the log of the probability of where, in those episodes, the answer begins and ends; with `--pairs` also of
+    more questions, each read beside nothing but what answers it.
 
 Letters as in memory.py, and P bundles of the pool (a bundle is a few sentences that belong together, see data_gen.py).
 """
