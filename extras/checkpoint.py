@@ -37,13 +37,14 @@ def check_init(folder, model):
 def set_aside(folder):
     """Rename a folder that holds an earlier run, `name` to the first free of `name-1`, `name-2`, …, and say so: nothing of it is lost. Raises
     InputError for the folder that this program works in, whose new name it would not learn."""
-    if not any((folder / name).exists() for name in ("memory.json", "checkpoint.safetensors")):
+    if not any((folder / name).exists() for name in ("memory.json", "checkpoint.safetensors", "log.jsonl")):
         return
     folder = folder.resolve()
     if folder in (Path.cwd(), *Path.cwd().parents):
         raise InputError(f"expected a folder without an earlier run as --out, or one that can be renamed, got the working folder {folder}; name another.")
     other = next(other for number in count(1) if not (other := folder.with_name(f"{folder.name}-{number}")).exists())
     folder.rename(other)
+    folder.mkdir()                       # a link to this folder goes on leading somewhere
     print(f"note: {folder.name} held an earlier run, which is in {other} now.", file=sys.stderr)
 
 

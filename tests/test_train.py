@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from data_gen import KINDS
 from extras.blocks import packed, unpacked
+from extras.checkpoint import set_aside
 from gemma import InputError, Places
 from gnn import by_length
 from memory import GemmaWithMemory, MemoryConfig, Reading
@@ -702,6 +703,17 @@ def test_an_earlier_run_is_kept(run, tmp_path, monkeypatch, capsys):
         assert f"is in {tmp_path}/out-{number} now" in capsys.readouterr().err
     assert {file.name: file.read_bytes() for file in (tmp_path / "out-1").iterdir()}["memory.safetensors"] == first["memory.safetensors"]
     assert len({(tmp_path / name / "memory.safetensors").read_bytes() for name in ("out", "out-1", "out-2")}) == 3
+
+
+def test_a_log_alone_and_what_a_link_leads_to_are_kept(tmp_path):
+    """Catches a log that is written over where the memory beside it was moved away, and a link that leads nowhere once its folder is renamed."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "log.jsonl").write_text("{}\n")
+    (tmp_path / "link").symlink_to("out", target_is_directory=True)
+    set_aside(tmp_path / "link")
+    assert (tmp_path / "out-1" / "log.jsonl").read_text() == "{}\n" and (tmp_path / "link").is_dir() and not list((tmp_path / "out").iterdir())
+    set_aside(tmp_path / "link")                                           # where nothing was, nothing is renamed
+    assert not (tmp_path / "out-2").exists()
 
 
 def test_no_checkpoint_to_resume(run, tmp_path):
