@@ -249,6 +249,8 @@ class GraphLesson:
 
     def __init__(self, model, settings, pools=None, progress=True):
         self.model, self.settings = model, settings
+        if settings.pairs and not hasattr(model.injection, "marks"):
+            raise InputError(f"expected --pairs 0 with a memory whose reader marks no answers, got {settings.pairs}; give it a reader with --reading-layers 1.")
         self.pool, self.held_out = pools or draw_pools(model, settings, progress)
         self.pool.set_statistics(model)
         # Most of a step's work, for --compile.

@@ -484,6 +484,9 @@ def test_the_loss_holds_its_parts_by_their_weights(shipped, pool):
         assert (part(**{name: 2.0})["loss"] - alone["loss"]).item() == pytest.approx(2 * alone[f"{name}_loss"].sum().item(), rel=1e-3)
     pairs = part(pairs=64, marking=2.0)                                    # whose marking loss is added to the batch's
     assert pairs["marking_loss"] > alone["marking_loss"] + 1 and (pairs["loss"] - alone["loss"]).item() == pytest.approx(2 * pairs["marking_loss"].item(), rel=1e-3)
+    model = untrained(shipped, pool, MemoryConfig())                       # nothing would learn from them
+    with pytest.raises(InputError, match="--pairs 0 .* got 64"):
+        part(pairs=64)
 
 
 def test_scores_by_hand():
