@@ -228,23 +228,29 @@ class ReadingAttention(TokenAttention):
     The one step that sees question and sentence together, so it can tell "since 2019" from "for 12 years" by what was
     asked. It costs as much as the sentences are long, so only the few that are read get it. With `alike` each token also knows
     whether the other text has the same word: the plainest feature of a reader, and hard to learn from vectors (the exact match of
-    Chen et al., https://arxiv.org/abs/1704.00051, section 3.2).
+    Chen et al., https://arxiv.org/abs/1704.00051, section 3.2). With `lookback` the question's words are told, too, which of them stand in
+    the sentences just before the episode, up to so many back: those may have said who its "she" is.
     """
 
-    def __init__(self, in_dim, found_dim, dim, layers, **options):
+    def __init__(self, in_dim, found_dim, dim, layers, lookback=0, **options):
         super().__init__(dim, layers, **options)
         self.ask = nn.Linear(in_dim, dim, bias=False)
         self.found = nn.Linear(found_dim, dim, bias=False)
+        self.before = nn.Parameter(torch.zeros(lookback, dim)) if lookback else None
 
-    def forward(self, question, asks, found, told, real, asks_words=None, told_words=None):
+    def forward(self, question, asks, found, told, real, asks_words=None, told_words=None, before=None):
         """question (R, T, F), of which the tokens `asks` (R, T) count; found (R, D) of the hop before, or None; told
         (R, r, M, dim) the tokens of r episodes, of which `real` (R, r, M) exist; asks_words (R, T) and told_words (R, r, M) which
-        word each token is, if that counts -> (R, r, M, dim)."""
+        word each token is, if that counts; before (R, r, T, lookback): whether the sentence so far before an episode has the
+        question's word -> (R, r, M, dim)."""
         (R, r, M), q = real.shape, self.ask(question)
-        if found is not None:                                                                   # a text of one token, before the others
-            q, asks = torch.cat((self.found(found)[:, None].to(q.dtype), q), 1), F.pad(asks, (1, 0), value=True)
         each = lambda x: x[:, None].expand(-1, r, *x.shape[1:]).flatten(0, 1)                   # every episode has the question to itself
-        tokens = torch.cat((each(q), told.to(q.dtype).flatten(0, 1)), 1)                        # (E, T + M, dim), E = R * r
+        asked = each(q)                                                                         # (E, T, dim), E = R * r
+        if before is not None:
+            asked = asked + (before.to(q.dtype) @ self.before.to(q.dtype)).flatten(0, 1)
+        if found is not None:                                                                   # a text of one token, before the others
+            asked, asks = torch.cat((each(self.found(found)[:, None].to(q.dtype)), asked), 1), F.pad(asks, (1, 0), value=True)
+        tokens = torch.cat((asked, told.to(q.dtype).flatten(0, 1)), 1)                          # (E, T + M, dim)
         here = torch.cat((each(asks), real.flatten(0, 1)), 1)                                   # (E, T + M)
         if self.echo is not None:
             asks_words = F.pad(asks_words, (asks.shape[1] - asks_words.shape[1], 0), value=-1)  # what was found is no word

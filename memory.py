@@ -334,7 +334,8 @@ class MemoryInjectionLayer(nn.Module, Injection):
                 nn.init.zeros_(self.goes_on.weight), nn.init.constant_(self.goes_on.bias, 0.5)             # true from the start
         if meaning:
             self.meaning = nn.Linear(told, meaning, bias=False)
-            self.understand = ReadingAttention(2 * D, D, meaning, config.reading_layers, alike=config.said and config.match)
+            alike = config.said and config.match
+            self.understand = ReadingAttention(2 * D, D, meaning, config.reading_layers, LOOKBACK * (alike and config.time_edges), alike=alike)
             self.understood_key = nn.Linear(meaning, read, bias=False)
             self.fits = nn.Linear(meaning, H)
             with torch.no_grad():                                          # the other parts lead at first
@@ -473,8 +474,9 @@ class MemoryInjectionLayer(nn.Module, Injection):
         place, real = view.tokens.places(view.episodes[memory, chosen], spare)                             # (R, r, M)
         if hasattr(self, "meaning"):
             # 3. Side by side with the question, what do these say to it?
+            before = None if self.understand.before is None else self.said_before(question, view, memory, chosen)
             meant = self.understand(question.features, question.mask, found.context if found else None, view.tokens.keys_at(place, self.meaning_at), real,
-                                    self.word[question.ids], self.word[view.tokens.ids[place]])            # (R, r, M, dim)
+                                    self.word[question.ids], self.word[view.tokens.ids[place]], before)    # (R, r, M, dim)
             fits = self.judge(meant, real, keys_read, told.gather(1, top)).masked_fill(~valid_read[:, None], -1e4)
             evidence = evidence.scatter_add(2, top[:, None].expand_as(fits), fits)
             ranked = weigh(evidence)
@@ -603,6 +605,14 @@ class MemoryInjectionLayer(nn.Module, Injection):
         q = q.unflatten(0, (len(episodes), -1)).to(keys.dtype)
         cosine = torch.einsum("gswhc,gumhc->gshwum", q, keys)
         return cosine.max(-1).values.clamp(min=0).flatten(0, 1).float(), cosine[:, :, :, :own].max(3).values.clamp(min=0).flatten(0, 1).float()
+
+    def said_before(self, question, view, memory, chosen):
+        """Which words of the question stand in the sentences before the `chosen` (R, r) of `memory` (R, 1): (R, r, T, LOOKBACK), the one
+        just before first."""
+        earlier = chosen[..., None] - torch.arange(1, 1 + LOOKBACK, device=chosen.device)                  # (R, r, LOOKBACK)
+        place, real = view.tokens.places(view.episodes[memory[..., None], earlier.clamp(min=0)])           # (R, r, LOOKBACK, M)
+        words = self.word[view.tokens.ids[place]].masked_fill(~real | (earlier < 0)[..., None], -1)
+        return (words[:, :, None] == self.word[question.ids][:, None, :, None, None]).any(-1)
 
     def judge(self, meant, real, keys, told):
         """Evidence (R, H, r) for the episodes that are read, now that they have been read: meant (R, r, M, dim) what their tokens

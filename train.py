@@ -13,8 +13,8 @@ A batch is G memories of up to N episodes with R / G questions each; nothing loo
   * retrieval: minus the log of the attention on the episodes that hold the answer, or on the null episode where none does,
   * copying: minus the log of the attention on the tokens, inside those episodes, that the answer goes on with,
   * judging: the same as retrieval, for what the reader alone makes of the few episodes that it has read,
-  * marking: minus the log of the probability of where, in those episodes, the answer begins and ends; with `--pairs` also of
-    more questions, each read beside nothing but what answers it.
+  * marking: minus the log of the probability of where, in those episodes, the answer begins and ends.
+With `--pairs` the last two, and retrieval, also count more questions, each with a memory of two sentences that belong together.
 
 Letters as in memory.py, and P bundles of the pool (a bundle is a few sentences that belong together, see data_gen.py).
 """
@@ -66,7 +66,7 @@ class TrainConfig:
     copying: float = field(default=0.5, metadata={"help": "weight of the copying loss"})
     judging: float = field(default=0.3, metadata={"help": "weight of the judging loss"})
     marking: float = field(default=0.3, metadata={"help": "weight of the marking loss"})
-    pairs: int = field(default=0, metadata={"help": "more questions a batch that are read beside the one or two sentences that answer them, for the marking loss alone"})
+    pairs: int = field(default=0, metadata={"help": "more questions a batch, each with a memory of two sentences of its own bundle, for the losses of reading alone"})
     unknown: float = field(default=0.1, metadata={"help": "share of questions about somebody the memory never heard of"})
     text: float = field(default=0.06, metadata={"help": "share of rows that are ordinary text, for which the memory is to be silent"})
     hard: float = field(default=1.0, metadata={"help": "how often a question is drawn on an update, a list, one of several values of a sentence, or what was not told, against an easier one"})
@@ -171,19 +171,26 @@ def retrieval_loss(batch, out, hops):
     """- log attention on what should be attended to, mean over heads and hops: (over all episodes, over the candidates
     compared word by word, at answer positions of the last hop). The right episode may be missing among the candidates: then only the first counts."""
     reading, is_text = out["reading"], (batch["kind"] == TEXT)[:, None]
-    at_prompt, at_candidates = 0.0, 0.0
+    at_prompt = 0.0
     for hop in range(hops):
         asked = reading.asked[hop]                                                             # (R, H, N + 1)
         target = wanted(batch, hop, hops, asked.shape[-1] - 1)
         at_prompt = at_prompt - asked.masked_fill(~target[:, None], -torch.inf).logsumexp(-1).mean()
-        right = among(target, reading.candidates[hop])                                         # (R, k + 1)
-        mass = reading.ranked[hop].masked_fill(~right[:, None], -1e4).logsumexp(-1).mean(1)    # (R,)
-        at_candidates = at_candidates - (mass * right.any(1)).mean()
     right = among(target, reading.chosen[hops - 1])                                            # (R, r + 1)
     mass = reading.weights[hops - 1].masked_fill(~right[:, None, None], -1e4).logsumexp(-1).mean(-1)   # (R, T)
     care = torch.where(is_text, out["spoken"], out["answering"]) & right.any(1)[:, None]
     at_answer = -((mass * care).sum(1) / care.sum(1).clamp(min=1)).mean()
-    return at_prompt / hops, at_candidates / hops, at_answer
+    return at_prompt / hops, ranking_loss(batch, reading, hops), at_answer
+
+
+def ranking_loss(batch, reading, hops):
+    """- log attention on what should be attended to, of the candidates that were compared word by word and read, mean over heads and hops."""
+    total = 0.0
+    for hop in range(hops):
+        right = among(wanted(batch, hop, hops, reading.asked[hop].shape[-1] - 1), reading.candidates[hop])     # (R, k + 1)
+        mass = reading.ranked[hop].masked_fill(~right[:, None], -1e4).logsumexp(-1).mean(1)    # (R,)
+        total = total - (mass * right.any(1)).mean()
+    return total / hops
 
 
 def copying_loss(batch, out, hops):
@@ -266,7 +273,9 @@ class GraphLesson:
         copying, judging, marking = (torch.as_tensor(loss(batch, out, model.config.hops)) for loss in (copying_loss, judging_loss, marking_loss))
         if settings.pairs:
             batch = self.pool.pairs(settings.pairs, generator)
-            marking = marking + marking_loss(batch, dict(reading=read(model, self.pool, batch, settings.tokens)[2]), model.config.hops)
+            reading = read(model, self.pool, batch, settings.tokens)[2]
+            marking, judging = (total + loss(batch, dict(reading=reading), model.config.hops) for total, loss in ((marking, marking_loss), (judging, judging_loss)))
+            retrieval = (*retrieval, ranking_loss(batch, reading, model.config.hops))
         return dict(loss=answer_loss + settings.retrieval * sum(retrieval) + settings.copying * copying + settings.judging * judging + settings.marking * marking,
                     answer_loss=answer_loss, retrieval_loss=torch.stack(retrieval), copying_loss=copying, judging_loss=judging, marking_loss=marking)
 

@@ -25,7 +25,7 @@ from memory import GemmaWithMemory, MemoryConfig
 HEADS = 4                            # of the reading attention
 # What becomes of a tensor of the reader: it is multiplied by this power of k (see `grow`), and the new rest is 0 or stays random.
 RULES = {"meaning.weight": (0, True), "understand.ask.weight": (1, True), "understand.found.weight": (1, True),         # these join
-         "understand.echo": (1, True), "down.weight": (1, True), "down.bias": (1, True), "up.weight": (-1, False), "up.bias": (0, False),
+         "understand.echo": (1, True), "understand.before": (1, True), "down.weight": (1, True), "down.bias": (1, True), "up.weight": (-1, False), "up.bias": (0, False),
          "understood_key.weight": (-1, False), "fits.weight": (-1, False), "outdated.says.weight": (-1, False),
          "marks.weight": (-1, False)}         # these read
 

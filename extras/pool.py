@@ -244,21 +244,27 @@ class Pool:
                     support=rows.flatten(0, 1), known=known.flatten(0, 1), marks=self.marks[sequence.flatten()])
 
     def pairs(self, R, generator):
-        """R questions, each with a memory of the one or two sentences that answer it. Returns a dict of tensors as `draw` does.
+        """R questions, each with a memory of two sentences of its own bundle, those that answer it among them. Returns a dict of
+        tensors as `draw` does.
 
-        To read a sentence aright is most of what a memory has to learn, and there it is cheap: nothing has to be found first, and
-        nothing else is read.
+        To read a sentence aright, and to tell it from what else is told of the same person, is most of what a memory has to learn, and
+        there it is cheap: nothing has to be found first, and little else is read. Where one sentence answers, or none, the others are
+        drawn, but for what stands before a "she", which is who she is; and a "she" without it, who would be somebody else.
         """
-        weight = self.weight[:self.asked] * (self.support[:self.asked, 0] >= 0)                # of questions that can be answered
-        sequence = torch.multinomial(weight, R, replacement=True, generator=generator)
+        sequence = torch.multinomial(self.weight[:self.asked], R, replacement=True, generator=generator)
         bundle = torch.searchsorted(self.questions_of[:, 0].contiguous(), sequence, right=True) - 1
-        support = self.support[sequence]                                                       # (R, 2) slots or -1
-        known = support >= 0
-        slots, order = support.masked_fill(~known, LONGEST).sort(dim=1)                        # in the order they were told
-        valid, facts = slots < LONGEST, self.facts_of[bundle].gather(1, slots.clamp(max=self.facts_of.shape[1] - 1))
-        episodes = torch.where(valid, facts, self.facts.lengths.argmin())                      # where there is no second, the least work
-        return dict(episodes=episodes, valid=valid, sequence=sequence, kind=self.kind[sequence], support=order.argsort(1),
-                    known=known, marks=self.marks[sequence])
+        facts, follows, support = self.facts_of[bundle], self.follows[bundle], self.support[sequence]      # (R, F), (R, F), (R, 2) slots or -1
+        known, slot = support >= 0, torch.arange(facts.shape[1], device=facts.device)
+        needed = (slot == support[..., None]).any(1)                                           # (R, F)
+        behind, before = F.pad(needed, (1, -1)), F.pad(needed & follows, (-1, 1))              # of what stands next to these
+        rank = torch.rand(facts.shape, generator=generator, device=facts.device) + 2 * before + 4 * needed
+        rank = rank.masked_fill((facts < 0) | follows & ~(needed | before | behind), -1.0)
+        best, slots = F.pad(rank, (0, 1), value=-1.0).topk(2)                                  # even of a bundle of one
+        slots, order = slots.masked_fill(best < 0, LONGEST).sort(dim=1)                        # in the order they were told
+        valid = slots < LONGEST
+        episodes = torch.where(valid, facts.gather(1, slots.clamp(max=facts.shape[1] - 1)), self.facts.lengths.argmin())   # where there is no second, the least work
+        return dict(episodes=episodes, valid=valid, sequence=sequence, kind=self.kind[sequence], known=known,
+                    support=(slots[:, None] == support[..., None]).byte().argmax(2), marks=self.marks[sequence])
 
     def questions(self, batch, T):
         """The questions of a drawn batch with their answers, cut to T tokens: an Asked."""

@@ -467,21 +467,25 @@ def test_reading_attention_is_sentence_attention_on_both(alike):
     question into the episode, and episodes of one question that hear each other; words that are taken for the same within one text,
     where one of them doesn't count, or because of what was found."""
     sentence = random_sentence_attention()
-    reading = ReadingAttention(5, 3, dim=8, layers=2, heads=2, reach=3, alike=alike)
+    reading = ReadingAttention(5, 3, dim=8, layers=2, lookback=2 * alike, heads=2, reach=3, alike=alike)
     reading.load_state_dict({name: t for name, t in sentence.state_dict().items() if not name.startswith("enter")}, strict=False)
     for name, p in reading.named_parameters():
-        if "alike" in name or name == "echo":
+        if "alike" in name or name in ("echo", "before"):
             p.copy_(torch.randn_like(p))
     asks_words, told_words = torch.tensor([[3, 1, 1, 2], [5, 1, 2, 5]]), torch.tensor([[1, 1, 2, 7, 8, 1], [2, 5, 7, 7, 8, 9], [3, 4, 5, 6, 7, 8]]).repeat(2, 1, 1)
     question, found, told = torch.randn(2, 4, 5), torch.randn(2, 3), torch.randn(2, 3, 6, 8)
     asks = torch.tensor([[True, True, True, True], [False, True, True, False]])
     real = torch.arange(6) < torch.tensor([[6, 2, 1], [3, 6, 4]])[..., None]
+    before = torch.rand(2, 3, 4, 2) < 0.4 if alike else None               # words of the question that stand in the sentences before
     for what in (None, found):
-        out = reading(question, asks, what, told, real, asks_words, told_words)
+        out = reading(question, asks, what, told, real, asks_words, told_words, before)
         for i in range(2):
             for e in range(3):
                 words = [-1, *asks_words[i].tolist(), *told_words[i, e].tolist()]
-                h = torch.cat((reading.found(found[i:i + 1]), reading.ask(question[i]), told[i, e]))
+                ask = reading.ask(question[i])
+                for t, back in before[i, e].nonzero().tolist() if alike else ():
+                    ask[t] += reading.before[back]
+                h = torch.cat((reading.found(found[i:i + 1]), ask, told[i, e]))
                 counts = torch.cat((torch.tensor([what is not None]), asks[i], real[i, e]))
                 place = torch.cat((torch.tensor([-9]), torch.arange(4), 20 + torch.arange(6)))        # further apart than `reach`
                 h, at = h[None, counts], counts.nonzero()[:, 0].tolist()

@@ -401,7 +401,7 @@ def test_reading_equals_the_slow_way(full):
     layer.understood_key.weight.mul_(5.0), layer.fits.weight.mul_(5.0), layer.marks.weight.mul_(5.0)
     for linear in (*layer.mark_query, *layer.by_way, layer.goes_on):
         torch.nn.init.normal_(linear.weight, std=0.02), torch.nn.init.normal_(linear.bias)
-    layer.understand.echo.normal_()
+    layer.understand.echo.normal_(), layer.understand.before.normal_()
     bounded = lambda x: 4 * torch.tanh(x / 4)
     H, D, N, k, r = config.heads, full.gemma.config.hidden_size, len(graph), config.candidates, config.readable
     assert r < k < N and config.hops == 2
@@ -429,7 +429,7 @@ def test_reading_equals_the_slow_way(full):
         features = list(torch.cat((torch.stack(features), layer.sentence(torch.stack(features), torch.tensor([M]))), -1))
         tokens.append(list(zip(ids, features, zip([nothing, *features], [nothing, nothing, *features]))))
     sharp = [gnn.log_temperature[i].exp() * math.log(N + 2) / math.log(18) for i in range(H)]
-    followed_any = False
+    followed_any = said_any = False
     added, found, read = torch.zeros(H, config.key_dim), None, []          # read: (how much, episode, token)
     for hop in range(2):
         score = {(p, i): [float(sharp[i] * unit(head(layer.query_own, x[p], i) + head(layer.query_pool, pool, i) + added[i]) @ key)
@@ -476,9 +476,12 @@ def test_reading_equals_the_slow_way(full):
         told, fits = {}, torch.zeros(H, N)
         for n in chosen:
             meaning = torch.stack([unit(layer.meaning(f)) * config.reading_dim ** 0.5 for _, f, _ in tokens[n]])[None, None]
+            asked_words, earlier = word_of(question.ids[0, asking].tolist()), [word_of([i for i, *_ in tokens[n - b]]).tolist() if n >= b else [] for b in range(1, LOOKBACK + 1)]
+            said_before = torch.tensor([[word in words for words in earlier] for word in asked_words.tolist()])[None, None]
+            said_any |= bool(said_before.any())
             told[n] = layer.understand(x[asking][None], torch.ones(1, len(asking), dtype=torch.bool), found[None] if hop else None,
-                                       meaning, torch.ones(1, 1, meaning.shape[2], dtype=torch.bool), word_of(question.ids[0, asking].tolist())[None],
-                                       word_of([i for i, *_ in tokens[n]])[None, None])[0, 0]
+                                       meaning, torch.ones(1, 1, meaning.shape[2], dtype=torch.bool), asked_words[None],
+                                       word_of([i for i, *_ in tokens[n]])[None, None], said_before)[0, 0]
             fits[:, n] = layer.fits(told[n]).exp().mean(0).log()
         before = evidence.clone()
         for n in chosen:
@@ -540,7 +543,7 @@ def test_reading_equals_the_slow_way(full):
             read = [(sum(w for w, *at in read if at == [n, m]), n, m) for n in chosen for m in range(len(told[n]))]
             found = context[last].mean(0)
             added = layer.hop_query[0](found).view(H, -1)
-    assert followed_any
+    assert followed_any and said_any
     for p in context:
         torch.testing.assert_close(out.context[0, p], context[p], rtol=5e-3, atol=5e-3)
     h = torch.randn(1, 1, D)

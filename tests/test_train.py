@@ -139,11 +139,9 @@ def test_supports_hold_the_answer(shipped, pool, N):
 @pytest.mark.parametrize("alone", [False, True])
 def test_marks_spell_the_answer_and_the_name_on_the_way(shipped, pool, alone):
     """Catches marks that are off by the <bos>, in the other sentence of two, or at the wrong name of two; and drawn ones that are another
-    question's. alone: in pairs of a question and what answers it."""
+    question's. alone: in pairs of a question and two sentences."""
     seen, tokenizer = {kind: 0 for kind in (LOOKUP, UPDATE, TWO_HOP, LIST)}, shipped.tokenizer
     batch = pool.pairs(4096, torch.Generator().manual_seed(0)) if alone else draw(pool, 16, 4096, 16)
-    if alone:
-        assert batch["known"][:, 0].all() and (batch["known"].sum(1) == batch["valid"].sum(1)).all()
     for r, (sequence, kind) in enumerate(zip(batch["sequence"].tolist(), batch["kind"].tolist())):
         known, marks = batch["known"][r], batch["marks"][r].tolist()
         if not known.any() or [-1, -1] in marks[:int(known.sum())]:
@@ -160,6 +158,32 @@ def test_marks_spell_the_answer_and_the_name_on_the_way(shipped, pool, alone):
         assert " and ".join(said) == answer
         seen[kind] = seen.get(kind, 0) + 1
     assert all(n > 10 for n in seen.values()), seen
+
+
+def test_pairs_are_of_one_story(pool):
+    """Catches two sentences of different bundles, out of order or the same twice, an answer that isn't there, a "she" without whoever she is,
+    and pairs that never hold more than the answer, or nothing but."""
+    of, batch = story(pool), pool.pairs(4096, torch.Generator().manual_seed(0))
+    more = follower = silent = 0
+    for r, (episodes, valid) in enumerate(zip(batch["episodes"], batch["valid"].tolist())):
+        assert valid[0]
+        (b, first), (other, second) = (of[int(e)] for e in episodes)
+        if valid[1]:
+            assert b == other and first < second
+        else:
+            assert int((pool.facts_of[b] >= 0).sum()) == 1 or not pool.follows[b].any().logical_not()
+        sequence = int(batch["sequence"][r])
+        assert sequence in pool.questions_of[b]
+        slots = (first, second)
+        needed = [int(s) for s in pool.support[sequence] if s >= 0]
+        assert batch["known"][r].tolist() == (pool.support[sequence] >= 0).tolist()
+        assert [slots[row] for row, k in zip(batch["support"][r].tolist(), batch["known"][r]) if k] == needed
+        for slot, there in zip(slots, valid):
+            if there and pool.follows[b, slot]:
+                follower += 1
+                assert len(needed) == 2 or slot - 1 in slots or slot + 1 in needed
+        more, silent = more + (len(needed) == 1 and valid[1]), silent + (not needed)
+    assert min(more, follower, silent) > 100
 
 
 @pytest.mark.parametrize("N", [8, 16, 64])
@@ -482,8 +506,11 @@ def test_the_loss_holds_its_parts_by_their_weights(shipped, pool):
     assert alone["loss"] == alone["answer_loss"] and alone["marking_loss"] > 1
     for name in ("retrieval", "copying", "judging", "marking"):
         assert (part(**{name: 2.0})["loss"] - alone["loss"]).item() == pytest.approx(2 * alone[f"{name}_loss"].sum().item(), rel=1e-3)
-    pairs = part(pairs=64, marking=2.0)                                    # whose marking loss is added to the batch's
-    assert pairs["marking_loss"] > alone["marking_loss"] + 1 and (pairs["loss"] - alone["loss"]).item() == pytest.approx(2 * pairs["marking_loss"].item(), rel=1e-3)
+    pairs = part(pairs=64, marking=2.0, judging=3.0, retrieval=4.0)        # whose losses are added to the batch's
+    for name, n in dict(retrieval=4, judging=1, marking=1).items():
+        assert pairs[f"{name}_loss"].numel() == n and pairs[f"{name}_loss"].sum() > alone[f"{name}_loss"].sum() + 0.3
+    parts = sum(weight * pairs[f"{name}_loss"].sum() for name, weight in dict(retrieval=4, judging=3, marking=2).items())
+    assert (pairs["loss"] - alone["loss"]).item() == pytest.approx(parts.item(), rel=1e-3)
     model = untrained(shipped, pool, MemoryConfig())                       # nothing would learn from them
     with pytest.raises(InputError, match="--pairs 0 .* got 64"):
         part(pairs=64)
