@@ -96,11 +96,14 @@ COMMANDS = {
         ("tests/test_train.py::test_a_run_can_start_from_a_trained_memory", "init=")
        for before, after, seed, minutes, bundles, workers, lr, every in (("deeper", "L", 14, "7.0", 110000, 15, "1e-3", 450), ("L", "M", 15, 4.2, 60000, 14, "6e-4", 280))},
     **{f'python -m extras.grow out/{before} out/{after} --candidates 96': ("tests/test_grow.py::test_more_candidates_are_compared", "grow.main(")
-       for before, after in (("M", "widest"), ("N", "N-wide"))},
-    'python train.py --model gemma-3-270m --init out/widest --sentence-layers 2 --reading-layers 6 --reading-dim 256 --candidates 32 --readable 6 --seed 16 --steps 30000 '
-    '--minutes 6.9 --batch 768 --pairs 3072 --bundles 105000 --workers 15 --first-facts 32 --facts 256 --unknown 0.12 --text 0.05 --hard 3 --judging 0.5 --marking 1 --lr 1e-3 '
-    '--warmup 60 --tokens 44 --eval-every 400 --dropout 0.04 --out out/N': ("tests/test_train.py::test_a_run_can_start_from_a_trained_memory", "init="),
-    'python -m extras.mean out/widest out/N-wide out/mean-3': (MEAN, "mean.main("),
+       for before, after in (("M", "widest"), ("N", "N-wide"), ("O", "O-wide"), ("P", "P-wide"))},
+    **{f'python train.py --model gemma-3-270m --init out/{before} --sentence-layers 2 --reading-layers 6 --reading-dim 256 --candidates 32 --readable 6 --seed {seed} --steps 30000 '
+       f'--minutes {minutes} --batch 768 --pairs {pairs} --bundles 105000 --workers 15 --first-facts 32 --facts 256 --unknown 0.12 --text 0.05 --hard 3 --judging 0.5 --marking 1 '
+       f'--lr {lr} --warmup 60 --tokens 44 --eval-every 400 --dropout 0.04 --out out/{after}': ("tests/test_train.py::test_a_run_can_start_from_a_trained_memory", "init=")
+       for before, after, seed, minutes, pairs, lr in (("widest", "N", 16, 6.9, 3072, "1e-3"), ("hearing", "O", 17, 6.9, 2304, "1e-3"), ("O", "P", 18, 6.4, 2304, "8e-4"))},
+    'python -m extras.grow out/mean-3 out/hearing': (GROW, "grow.main("),
+    **{f'python -m extras.mean {names}': (MEAN, "mean.main(")
+       for names in ("out/widest out/N-wide out/mean-3", "out/hearing out/O-wide out/mean-4", "out/mean-4 out/P-wide out/mean-5")},
     'python -m extras.grow out/tiny-D out/tiny-following': (GROW, "grow.main("),
     'python -m extras.grow out/tiny-F out/tiny-sharing --fresh understand.layers.0.alike understand.layers.1.alike understand.layers.2.alike': (FRESH, "grow.main("),
     **{f'python train.py --model tiny --init out/tiny-{before} --reading-layers 3 --reading-dim 192 --seed {seed} --steps 30000 --minutes {minutes} --batch 1024 --bundles 110000 '
