@@ -184,7 +184,7 @@ def retrieval_loss(batch, out, hops):
 
 
 def ranking_loss(batch, reading, hops):
-    """- log attention on what should be attended to, of the candidates that were compared word by word and read, mean over heads and hops."""
+    """- log attention on what should be attended to, of the candidates, compared word by word and the best of them read, mean over heads and hops."""
     total = 0.0
     for hop in range(hops):
         right = among(wanted(batch, hop, hops, reading.asked[hop].shape[-1] - 1), reading.candidates[hop])     # (R, k + 1)

@@ -244,7 +244,7 @@ class Pool:
                     support=rows.flatten(0, 1), known=known.flatten(0, 1), marks=self.marks[sequence.flatten()])
 
     def pairs(self, R, generator):
-        """R questions, each with a memory of two sentences of its own bundle, those that answer it among them. Returns a dict of
+        """R questions, each with a memory of two sentences of its own bundle at most, those that answer it among them. Returns a dict of
         tensors as `draw` does.
 
         To read a sentence aright, and to tell it from what else is told of the same person, is most of what a memory has to learn, and
@@ -256,11 +256,11 @@ class Pool:
         facts, follows, support = self.facts_of[bundle], self.follows[bundle], self.support[sequence]      # (R, F), (R, F), (R, 2) slots or -1
         known, slot = support >= 0, torch.arange(facts.shape[1], device=facts.device)
         needed = (slot == support[..., None]).any(1)                                           # (R, F)
-        behind, before = F.pad(needed, (1, -1)), F.pad(needed & follows, (-1, 1))              # of what stands next to these
+        behind, before = F.pad(needed, (1, -1)), F.pad(needed & follows, (-1, 1))              # what stands next after these; and before, of a "she"
         rank = torch.rand(facts.shape, generator=generator, device=facts.device) + 2 * before + 4 * needed
         rank = rank.masked_fill((facts < 0) | follows & ~(needed | before | behind), -1.0)
         best, slots = F.pad(rank, (0, 1), value=-1.0).topk(2)                                  # even of a bundle of one
-        slots, order = slots.masked_fill(best < 0, LONGEST).sort(dim=1)                        # in the order they were told
+        slots = slots.masked_fill(best < 0, LONGEST).sort(dim=1).values                        # in the order they were told, and what isn't there last
         valid = slots < LONGEST
         episodes = torch.where(valid, facts.gather(1, slots.clamp(max=facts.shape[1] - 1)), self.facts.lengths.argmin())   # where there is no second, the least work
         return dict(episodes=episodes, valid=valid, sequence=sequence, kind=self.kind[sequence], known=known,

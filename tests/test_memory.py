@@ -5,6 +5,7 @@ import json
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import memory
 from extras import blocks
 from extras.memory_model import DONT_KNOW
 from gemma import BOS, PAD, Gemma, InputError, KVCache, Tokenizer
-from memory import (FOLLOWED, FOUND, HUSHED, LEAST, LOOKBACK, NEAR, NOTHING, WINDOW, WORDS, GemmaWithMemory, MemoryConfig, MemoryView, Question,
+from memory import (FOLLOWED, FOUND, HUSHED, LEAST, LOOKBACK, NEAR, NOTHING, WINDOW, WORDS, GemmaWithMemory, MemoryConfig, MemoryInjectionLayer, MemoryView, Question,
                     TokenStore, followed, parted)
 from toy import FACTS, one_thread, toy_base, toy_model  # noqa: F401 (one_thread is a fixture)
 
@@ -354,6 +355,18 @@ def test_each_candidate_is_compared_for_itself(full):
     _, said = layer.compare(0, question, None, view, memory, best)
     _, said_alone = layer.compare(0, question, None, view, memory, best[:, 99:])
     torch.testing.assert_close(said[:, :, 99:], said_alone, rtol=1e-4, atol=1e-4)
+
+
+def test_words_said_before_are_of_the_same_memory():
+    """Catches words of the sentence itself, of another memory's, the two sentences before in the wrong order, and a first sentence that
+    has others before it."""
+    store = TokenStore(torch.tensor([1, 2, 3, 4, 5, 6, 7]), torch.zeros(7, 1), torch.tensor([2, 1, 3, 1]))             # "1 2", "3", "4 5 6", "7"
+    view = MemoryView(None, None, torch.ones(2, 3).bool(), torch.tensor([[1, 0, 2], [3, 2, 0]]), store)
+    question = Question(None, None, torch.tensor([[3, 2, 9], [5, 7, 1]]))
+    layer = SimpleNamespace(word=torch.arange(10))
+    said = MemoryInjectionLayer.said_before(layer, question, view, torch.tensor([[0], [1]]), torch.tensor([[2, 0], [1, 2]]))
+    no = [False, False]
+    assert said.tolist() == [[[[False, True], [True, False], no], [no, no, no]], [[no, [True, False], no], [[True, False], [False, True], no]]]
 
 
 @torch.no_grad()
